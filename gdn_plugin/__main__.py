@@ -1,0 +1,8 @@
+"""`python -m gdn_plugin` is the `gdn-plugin` command."""
+
+import sys
+
+from gdn_plugin.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Gated Delta Net as PyTorch ops: the public functions check, default and call `torch.ops.gdn.*`.
+
+Per value head, with state S in R^{V x K} (Yang et al., "Gated Delta Networks", arXiv:2412.06464, section 3):
+
+    S <- exp(g_t) * S;    S <- S + beta_t * (v_t - S k_t) k_t^T;    o_t = scale * S q_t
+
+Letters: T packed tokens, B sequences, Hk key heads, Hv value heads (a multiple of Hk; value head h reads key head
+h // (Hv // Hk)), K and V head dims, W the width of the convolution, dim = 2*Hk*K + Hv*V, N pool rows.
+
+The same for every function here:
+
+- io tensors (q, k, v, mixed_qkv, z, out) share one dtype: bf16, fp16 or fp32. g, beta, gates, norms and all
+  accumulation are fp32; q and k are rounded to the io dtype behind the norm.
+- state [N, Hv, V, K] fp32 or bf16: rows dense, any distance apart. conv_state [N, dim, W-1 or more], dense in either
+  order of its last two dims. Both are updated in place.
+- state_indices int32: each sequence's row, unique. A row <= null_index is padding: nothing is read or written for
+  that sequence. Uniqueness and range are not checked, except under GDN_PLUGIN_DEBUG=1: that would synchronise.
+- cu_seqlens [B+1] int32 or int64 from 0 on; repeated offsets are empty sequences, which change no state. Tokens behind
+  the last offset are padding.
+- Without `out`, rows of padding tokens are zero. With `out` (contiguous), they stay as they were or become zero.
+- `backend`: None for the current selection (`use`, then the GDN_PLUGIN_* variables, then auto), a name, or names to try
+  in order joined by commas. In a compiled graph the choice is a constant.
+- Wrong arguments raise ValueError with the argument's name, before anything is written; NoBackendError says that
+  nothing that was asked for can run these shapes here, and why.
+- No synchronisation on CUDA (backend `reference` excepted); every call can be captured in a CUDA graph. None of the ops
+  has a backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gdn_plugin.ops import library, validate
+from gdn_plugin.ops.dispatch import compile_count, resolve, use, warm_up
+
+__all__ = ["compile_count", "conv_prologue", "decode", "fused_decode", "prefill", "use", "verify", "warm_up"]
+
+_gdn = getattr(torch.ops, library.NAMESPACE)
+
+
+def conv_prologue(
+    mixed_qkv: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor,
+    has_initial_state: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    *,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    state: Tensor | None = None,
+    exp_gate: bool = False,
+    num_accepted_tokens: Tensor | None = None,
+    null_index: int = -1,
+    out: Sequence[Tensor] | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All that stands between the projections and the delta rule: conv, SiLU, split, L2 norm, gates, conv_state.
+
+    Causal depthwise convolution and SiLU in fp32, rounded to the io dtype; then q and k are L2-normalised per head
+    (x * rsqrt(sum(x^2) + 1e-6)) and rounded again.
+
+    Args:
+        mixed_qkv: [T, dim], q, k and v side by side; any row stride, last stride 1.
+        conv_weight: [dim, W] io dtype or fp32, any strides; the last tap is the current token.
+        conv_bias: [dim] or None.
+        conv_state: raw inputs in its own dtype. Columns 0..W-2 are a sequence's last W-1 inputs, oldest first; they are
+            read where has_initial_state is True, and overwritten. Columns behind them are for num_accepted_tokens.
+        has_initial_state: [B] bool; False starts from zeros whatever the row holds. None: all True.
+        a, b: [T, Hv] raw gate projections, io dtype or fp32, any row stride.
+        A_log: [Hv] fp32. dt_bias: [Hv] io dtype or fp32. g = -exp(A_log) * softplus(a + dt_bias), beta = sigmoid(b).
+        state: where given, rows of sequences with has_initial_state False (not padding, not empty) are zeroed.
+        exp_gate: return exp(g) in place of g.
+        num_accepted_tokens: [B] int32, for speculative tokens: with n accepted of the step before, the history is
+            columns n-1..n+W-3; afterwards columns 0..W-3 hold the last W-2 inputs before this step and column W-2+j
+            this step's input j, so that the next step can accept any number of them.
+        out: five contiguous buffers (q, k, v, g, beta) to fill in place of new ones.
+    Returns:
+        q, k [T, Hk, K], v [T, Hv, V] in the io dtype; g, beta [T, Hv] fp32. Padding tokens: zeros (exp(g): one).
+        Tokens of padding sequences are computed from an empty history.
+    """
+    validate.backend("conv_prologue", backend)
+    validate.conv_prologue(
+        mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state, a, b, A_log,
+        dt_bias, num_k_heads, head_k_dim, head_v_dim, state, exp_gate, num_accepted_tokens, null_index, out,
+    )  # fmt: skip
+    heads = (num_k_heads, a.shape[1], head_k_dim, head_v_dim)
+    name = resolve("conv_prologue", backend, mixed_qkv, state, heads)
+    args = (
+        mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state, a, b, A_log,
+        dt_bias, num_k_heads, head_k_dim, head_v_dim, state, exp_gate, num_accepted_tokens, null_index,
+    )  # fmt: skip
+    if out is None:
+        return _gdn.conv_prologue(*args, name)
+    q, k, v, g, beta = out
+    _gdn.conv_prologue_out(*args, q, k, v, g, beta, name)
+    return q, k, v, g, beta
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    has_initial_state: Tensor | None = None,
+    scale: float | None = None,
+    use_qk_l2norm: bool = False,
+    exp_gate: bool = False,
+    max_seqlen: int = 0,
+    null_index: int = -1,
+    out: Tensor | None = None,
+    checkpoints: Tensor | None = None,
+    checkpoint_cu_starts: Tensor | None = None,
+    checkpoint_every: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """The delta rule over packed sequences; final states land in their pool rows.
+
+    Args:
+        q, k: [T, Hk, K]. v: [T, Hv, V]. Last stride 1, other strides any.
+        g: [T, Hv] fp32, natural log of the decay, <= 0; under exp_gate, the decay itself.
+        beta: [T, Hv] fp32.
+        has_initial_state: [B] bool; False starts from zero whatever the row holds, NaN included. None: all True.
+        scale: on the output; None is K^-0.5.
+        use_qk_l2norm: normalise q and k first (what conv_prologue returns is normalised).
+        max_seqlen: the longest sequence, where the host knows; 0 = unknown. A hint for launch sizes.
+        checkpoints: [C, Hv, V, K] contiguous, fp32 or bf16. Rows checkpoint_cu_starts[i] + j of sequence i get its
+            state after (j + 1) * checkpoint_every tokens, L_i // checkpoint_every of them.
+        checkpoint_cu_starts: [B+1] int32.
+        checkpoint_every: a multiple of 64.
+    Returns:
+        out [T, Hv, V]: the buffer given, or a new one.
+    """
+    validate.backend("prefill", backend)
+    validate.prefill(
+        q, k, v, g, beta, state, state_indices, cu_seqlens, has_initial_state, use_qk_l2norm, exp_gate, max_seqlen,
+        null_index, out, checkpoints, checkpoint_cu_starts, checkpoint_every,
+    )  # fmt: skip
+    heads = (q.shape[1], v.shape[1], q.shape[2], v.shape[2])
+    name = resolve("prefill", backend, q, state, heads, checkpoints=checkpoints is not None)
+    args = (
+        q, k, v, g, beta, state, state_indices, cu_seqlens, has_initial_state,
+        validate.scale("prefill", scale, q.shape[2]), use_qk_l2norm, exp_gate, max_seqlen, null_index, checkpoints,
+        checkpoint_cu_starts, checkpoint_every,
+    )  # fmt: skip
+    if out is None:
+        return _gdn.prefill(*args, name)
+    _gdn.prefill_out(*args, out, name)
+    return out
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = True,
+    null_index: int = -1,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """One token a sequence, B = T; the gates are computed from a and b as in conv_prologue.
+
+    Args:
+        q, k: [B, Hk, K]. v: [B, Hv, V]. Last stride 1, other strides any.
+        a, b: [B, Hv], io dtype or fp32, any row stride. A_log: [Hv] fp32. dt_bias: [Hv] io dtype or fp32.
+        state_indices: [B] int32, any stride.
+        scale: on the output; None is K^-0.5.
+    Returns:
+        out [B, Hv, V]: the buffer given, or a new one.
+    """
+    validate.backend("decode", backend)
+    validate.decode(q, k, v, a, b, A_log, dt_bias, state, state_indices, use_qk_l2norm, null_index, out)
+    name = resolve("decode", backend, q, state, (q.shape[1], v.shape[1], q.shape[2], v.shape[2]))
+    resolved = validate.scale("decode", scale, q.shape[2])
+    args = (q, k, v, a, b, A_log, dt_bias, state, state_indices, resolved, use_qk_l2norm, null_index)
+    if out is None:
+        return _gdn.decode(*args, name)
+    _gdn.decode_out(*args, out, name)
+    return out
+
+
+def fused_decode(
+    mixed_qkv: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    *,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    scale: float | None = None,
+    z: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: str = "silu",
+    null_index: int = -1,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The whole decode step of one token a sequence: conv_prologue, decode and, with z, the gated RMSNorm behind it.
+
+    Args:
+        mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias: as in conv_prologue, T = B. Columns of
+            conv_state behind W-2 are left alone.
+        z: [B, Hv, V], last stride 1, with norm_weight [V] (io dtype or fp32); both or neither. With o rounded to the io
+            dtype: out = o * rsqrt(mean(o^2) + norm_eps) * norm_weight * gate(z), in fp32.
+        gate: "silu" or "sigmoid".
+        scale: on the delta rule's output; None is K^-0.5.
+    Returns:
+        out [B, Hv, V]: the buffer given, or a new one.
+    """
+    validate.backend("fused_decode", backend)
+    validate.fused_decode(
+        mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, num_k_heads,
+        head_k_dim, head_v_dim, z, norm_weight, norm_eps, gate, null_index, out,
+    )  # fmt: skip
+    heads = (num_k_heads, a.shape[1], head_k_dim, head_v_dim)
+    name = resolve("fused_decode", backend, mixed_qkv, state, heads)
+    args = (
+        mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, num_k_heads,
+        head_k_dim, head_v_dim, validate.scale("fused_decode", scale, head_k_dim), z, norm_weight, float(norm_eps),
+        gate, null_index,
+    )  # fmt: skip
+    if out is None:
+        return _gdn.fused_decode(*args, name)
+    _gdn.fused_decode_out(*args, out, name)
+    return out
+
+
+def verify(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted_tokens: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float | None = None,
+    use_qk_l2norm: bool = True,
+    null_index: int = -1,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Speculative tokens: every token's state is kept, so that the next step can start from any of them.
+
+    Args:
+        q, k: [T, Hk, K]. v: [T, Hv, V]. a, b, A_log, dt_bias: as in decode.
+        state_indices: [B, S] int32, any row stride, unique. Sequence i starts from row
+            state_indices[i, num_accepted_tokens[i] - 1] and writes the state after its token t to row
+            state_indices[i, t]; rows past its length are untouched. A sequence whose start row is padding is padding.
+        num_accepted_tokens: [B] int32, 1..S.
+        cu_seqlens: [B+1]; sequences of at most S tokens.
+        scale: on the output; None is K^-0.5.
+    Returns:
+        out [T, Hv, V]: the buffer given, or a new one.
+    """
+    validate.backend("verify", backend)
+    validate.verify(
+        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, use_qk_l2norm,
+        null_index, out,
+    )  # fmt: skip
+    heads = (q.shape[1], v.shape[1], q.shape[2], v.shape[2])
+    name = resolve("verify", backend, q, state, heads, max_spec_tokens=state_indices.shape[1])
+    args = (
+        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens,
+        validate.scale("verify", scale, q.shape[2]), use_qk_l2norm, null_index,
+    )  # fmt: skip
+    if out is None:
+        return _gdn.verify(*args, name)
+    _gdn.verify_out(*args, out, name)
+    return out

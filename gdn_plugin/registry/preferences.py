@@ -1,0 +1,160 @@
+"""Where auto takes a backend that can run: measured, as data with its source.
+
+A row says on which architectures and for how much parallel work a backend wins. Replace numbers by measured ones;
+the code that reads them stays. The first row that matches a problem decides; where none does, auto passes the
+backend over. Work is counted in waves, num_sequences * num_v_heads / sm_count: how often one block for each sequence
+and head fills the device. A problem whose size is unknown (0) matches only rows that ask nothing of it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gdn_plugin.registry.backend import Check
+from gdn_plugin.registry.platform import Platform
+from gdn_plugin.registry.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One measured judgement.
+
+    Args:
+        backend, op: what it is about.
+        sms: architectures it was measured on or stands for.
+        wins: whether auto takes the backend here.
+        reason: where it does not win, the sentence that auto gives.
+        source: the numbers.
+        max_waves: only for less work than this; None = any, unknown included.
+        min_waves: only for at least this much work.
+        min_tokens_per_sequence: only for sequences at least this long on average.
+        feature: only where this was found.
+    """
+
+    backend: str
+    op: str
+    sms: tuple[int, ...]
+    wins: bool
+    source: str
+    reason: str = ""
+    max_waves: float | None = None
+    min_waves: float | None = None
+    min_tokens_per_sequence: int | None = None
+    feature: str | None = None
+
+    def matches(self, platform: Platform, problem: Problem) -> bool:
+        if platform.sm not in self.sms or (self.feature is not None and not platform.has(self.feature)):
+            return False
+        if self.max_waves is not None or self.min_waves is not None:
+            if not (problem.num_sequences and platform.sm_count):
+                return False
+            waves = problem.num_sequences * problem.num_v_heads / platform.sm_count
+            if self.max_waves is not None and waves >= self.max_waves:
+                return False
+            if self.min_waves is not None and waves < self.min_waves:
+                return False
+        if self.min_tokens_per_sequence is not None:
+            if not (problem.num_sequences and problem.num_tokens):
+                return False
+            return problem.num_tokens / problem.num_sequences >= self.min_tokens_per_sequence
+        return True
+
+
+# FlashInfer 0.7.2 takes its context-parallel route by itself below 1/4 wave on SM 100, 1/2 on SM 90 and 1/3 on the
+# GDDR cards of SM 120 (gdn_kernels/delta_rule_dsl/varlen_helper.py, should_use_cp_host).
+PREFERENCES: tuple[Preference, ...] = (
+    # That route splits long sequences over the device, so few of them do not starve it.
+    Preference(
+        "flashinfer",
+        "prefill",
+        sms=(100, 103),
+        wins=True,
+        max_waves=0.25,
+        min_tokens_per_sequence=2048,
+        feature="flashinfer.prefill.use_cp",
+        source="B300, Hk=2, Hv=8: 1x16384 148 us against 531 (FLA-Triton), 1x65536 343 against 2065 (flashinfer#4078); "
+        "from 2048 on by analogy with H100",
+    ),
+    Preference(
+        "flashinfer",
+        "prefill",
+        sms=(100, 103),
+        wins=False,
+        max_waves=0.25,
+        reason="one block a sequence and head starves this device below 1/4 wave of sequences x heads",
+        source="B200, Hk=2, Hv=8: 1x8192 (0.05 waves) 330 us against 338 (FLA-Triton), a tie; 8x1024 (0.43 waves) "
+        "63 us against 214: the limit lies between, and FlashInfer's own is 1/4",
+    ),
+    Preference(
+        "flashinfer",
+        "prefill",
+        sms=(100, 103),
+        wins=True,
+        source="B200, Hk=2, Hv=8: 8x1024 63 us against 214 (FLA-Triton)",
+    ),
+    Preference(
+        "flashinfer",
+        "prefill",
+        sms=(90,),
+        wins=True,
+        max_waves=0.5,
+        min_tokens_per_sequence=2048,
+        feature="flashinfer.prefill.use_cp",
+        source="H100, Hk=2, Hv=8: 1x2048 61 us against 86 (FLA-Triton), 1x8192 114 against 259, 1x65536 399 against "
+        "1954 (flashinfer#3866)",
+    ),
+    Preference(
+        "flashinfer",
+        "prefill",
+        sms=(90,),
+        wins=True,
+        min_waves=1.5,
+        min_tokens_per_sequence=1024,
+        source="H100, Hk=16, Hv=64: 4x2048 203 us against 1068 (FLA-Triton), 8x1024 220 against 1089 (flashinfer#3788)",
+    ),
+    Preference(
+        "flashinfer",
+        "prefill",
+        sms=(90,),
+        wins=False,
+        reason="on SM 90 auto takes triton unless the batch is known to be of long sequences",
+        source="H100, Hk=2, Hv=8, no context-parallel route: 1x2048 96 us against 86 (flashinfer#3477, #3866); "
+        "not measured against this plugin's triton backend",
+    ),
+    Preference(
+        "flashinfer",
+        "prefill",
+        sms=(120,),
+        wins=True,
+        max_waves=1 / 3,
+        min_tokens_per_sequence=32768,
+        feature="flashinfer.prefill.use_cp",
+        source="RTX PRO 6000, Hk=2, Hv=8: 1x32768 403 us against 1123 (FLA-Triton), 1x65536 677 against 2338 "
+        "(flashinfer#3659)",
+    ),
+    Preference(
+        "flashinfer",
+        "prefill",
+        sms=(120,),
+        wins=False,
+        reason="on SM 120 measured faster only for few very long sequences",
+        source="flashinfer#3479: without the context-parallel route 1x65536 takes 5922 us",
+    ),
+)
+
+_UNMEASURED = {
+    "decode": "auto takes triton, whose fused decode is one launch for the whole step",
+    "verify": "not measured to be faster than triton",
+}
+
+
+def measured(backend: str) -> Check:
+    """For `preferred`: what the rows above say about a backend."""
+
+    def check(platform: Platform, problem: Problem) -> str | None:
+        for row in PREFERENCES:
+            if row.backend == backend and row.op == problem.op and row.matches(platform, problem):
+                return None if row.wins else row.reason
+        return _UNMEASURED.get(problem.op, f"no measurement says that {backend} wins here")
+
+    return check

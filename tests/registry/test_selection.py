@@ -1,0 +1,100 @@
+"""The ops of a layer, resolved together."""
+
+from __future__ import annotations
+
+import pytest
+
+from gdn_plugin.registry import OPS, Backend, NoBackendError, Platform, select
+
+pytestmark = pytest.mark.usefixtures("complete_build")
+
+
+@pytest.fixture
+def layer(problem):
+    return {op: problem(op) for op in OPS}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "sm_100",
+            dict.fromkeys(OPS, "triton") | {"prefill": "flashinfer"},
+        ),
+        ("sm_80", dict.fromkeys(OPS, "triton")),
+        ("cpu", dict.fromkeys(OPS, "cpu")),
+    ],
+)
+def test_auto(layer, name, expected):
+    selection = select(Platform.simulated(name), layer)
+    assert selection.backends() == expected
+    assert selection.fuse_decode
+    assert selection.requests == {"prefill": "auto", "decode": "auto", "verify": "auto"}
+
+
+def test_ops_without_a_setting_follow_their_phase(layer):
+    selection = select(Platform.simulated("sm_100"), layer, {"prefill": "torch", "decode": "reference"})
+    assert selection.backends() == {
+        "conv_prologue": "torch",
+        "prefill": "torch",
+        "decode": "reference",
+        "fused_decode": "reference",
+        "verify": "triton",
+    }
+    assert selection.fuse_decode
+
+
+def test_a_backend_without_the_op_leaves_it_to_auto(layer):
+    selection = select(Platform.simulated("sm_100"), layer, {"prefill": "flashinfer", "decode": "flashinfer"})
+    assert selection["conv_prologue"].name == "triton"
+    assert selection["conv_prologue"].request == "auto"
+    assert selection["fused_decode"].name == "triton"
+    # The fused step would take decode away from the backend that was asked for.
+    assert not selection.fuse_decode
+
+
+def test_a_list_is_followed_in_its_own_order(layer):
+    selection = select(
+        Platform.simulated("sm_80"), layer, {"prefill": "flashinfer,torch", "decode": "flashinfer,triton"}
+    )
+    assert selection["prefill"].name == "torch"
+    assert selection["conv_prologue"].name == "torch"
+    assert selection["decode"].name == selection["fused_decode"].name == "triton"
+
+
+def test_a_named_phase_that_cannot_run_raises(layer):
+    with pytest.raises(NoBackendError, match="gdn::verify as requested"):
+        select(Platform.simulated("cpu"), layer, {"verify": "flashinfer"})
+
+
+def test_excluded_backends_are_left_out_by_op(layer):
+    selection = select(Platform.simulated("cpu"), layer, excluded={"decode": {"cpu": "self-check failed"}})
+    assert selection["decode"].name == "torch"
+    assert selection["prefill"].name == "cpu"
+    assert not selection.fuse_decode
+
+
+def test_describe_is_a_line_a_choice(layer):
+    lines = select(Platform.simulated("sm_80"), layer).describe()
+    assert len(lines) == len(OPS)
+    assert "prefill: triton (auto); not flashinfer: needs SM 90/100/103/120, this device is 80" in lines
+
+
+def test_only_what_is_asked_for_is_resolved(layer):
+    selection = select(Platform.simulated("cpu"), {"prefill": layer["prefill"]})
+    assert "prefill" in selection and "decode" not in selection
+    assert not selection.fuse_decode
+    assert select(Platform.simulated("cpu"), {"fused_decode": layer["fused_decode"]}).fuse_decode
+
+
+def test_bad_arguments(layer):
+    with pytest.raises(ValueError, match="phase 'conv_prologue' is not valid; choose one of: prefill, decode, verify"):
+        select(Platform.simulated("cpu"), layer, {"conv_prologue": "torch"})
+    with pytest.raises(ValueError, match="is for 'decode'"):
+        select(Platform.simulated("cpu"), {"prefill": layer["decode"]})
+
+
+def test_third_parties_serve_single_ops(layer, third_party):
+    third_party(mine={"verify": Backend("mine", "json:loads")})
+    assert select(Platform.simulated("cpu"), layer)["verify"].name == "mine"
+    assert select(Platform.simulated("cpu"), layer)["prefill"].name == "cpu"

@@ -1,0 +1,124 @@
+"""Runs a Case through a backend function and holds the result against the float64 reference.
+
+`check(function, case)` fails where: a live output or a written pool element is out of tolerance (tests/tolerances.py)
+or still poisoned; any other bit of a pool's storage (other rows, page tails, columns past the written ones) changed; an
+input changed; a byte around an output buffer changed; padding rows of a returning op are not zero, or those of an
+`_out` op are neither zero nor as they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn_plugin.ops import reference
+from tests.support.cases import Case, Pool
+from tests.tolerances import Tolerance, tolerance
+
+GUARD = 3  # rows of NaN before and behind every output buffer
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+class Result(NamedTuple):
+    outputs: dict[str, Tensor]
+    pools: dict[str, Pool]
+
+
+def bits(x: Tensor) -> Tensor:
+    """x's bit pattern as integers, so that NaN equals itself."""
+    return x.contiguous().view(_BITS[x.element_size()])
+
+
+def assert_close(name: str, got: Tensor, want: Tensor, tol: Tolerance) -> None:
+    """|got - want| <= rtol * |want| + atol * rms(want) everywhere; NaN and inf in `got` fail."""
+    got, want = got.detach().double().cpu(), want.detach().double().cpu()
+    assert got.shape == want.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    if want.numel() == 0:
+        return
+    assert torch.isfinite(want).all(), f"{name}: the reference itself is not finite; the case is wrong"
+    assert torch.isfinite(got).all(), f"{name}: {int((~torch.isfinite(got)).sum())} of {got.numel()} not finite"
+    error = (got - want).abs()
+    excess = error - (tol.rtol * want.abs() + tol.atol * want.square().mean().sqrt())
+    if bool((excess > 0).any()):
+        at = int(excess.argmax())
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), want.shape))
+        raise AssertionError(
+            f"{name}: {int((excess > 0).sum())} of {want.numel()} out of {tol}; worst at {where}: "
+            f"got {got.flatten()[at]:.6g}, want {want.flatten()[at]:.6g}; max |error| {error.max():.3g}, "
+            f"rms(want) {want.square().mean().sqrt():.3g}"
+        )
+
+
+def run_reference(case: Case) -> Result:
+    """The float64 truth, on the CPU."""
+
+    def host(x: Any) -> Any:
+        return x.cpu() if isinstance(x, Tensor) else x
+
+    pools = {n: p.view.detach().cpu().double() for n, p in case.pools.items()}
+    outputs = {n: torch.full(shape, float("nan"), dtype=torch.float64) for n, (shape, _) in case.outputs.items()}
+    args = {n: host(x) for n, x in case.args.items()} | pools | outputs
+    if case.has_zero_padding:
+        args["zero_padding"] = True
+    getattr(reference, case.op)(**args, compute_dtype=torch.float64)
+    return Result(outputs, {n: Pool(p, p) for n, p in pools.items()})
+
+
+def run(function: Callable[..., None], case: Case, *, zero_padding: bool = True) -> Result:
+    """Calls a backend function on fresh copies of the pools with outputs full of NaN; checks what must survive."""
+    device = case.live.device if not case.pools else next(iter(case.pools.values())).view.device
+    pools = {n: p.clone() for n, p in case.pools.items()}
+    buffers, outputs = {}, {}
+    for name, (shape, dtype) in case.outputs.items():
+        buffers[name] = torch.full((shape[0] + 2 * GUARD, *shape[1:]), float("nan"), dtype=dtype, device=device)
+        outputs[name] = buffers[name][GUARD : GUARD + shape[0]]
+    args = dict(case.args) | {n: p.view for n, p in pools.items()} | outputs
+    if case.has_zero_padding:
+        args["zero_padding"] = zero_padding
+    before = {n: bits(x).clone() for n, x in case.args.items() if isinstance(x, Tensor) and x.dtype != torch.bool}
+
+    function(**args)
+
+    for name, was in before.items():
+        assert torch.equal(bits(case.args[name]), was), f"input {name} was changed"
+    for name, buffer in buffers.items():
+        rows = case.outputs[name][0][0]
+        edges = torch.cat((buffer[:GUARD], buffer[GUARD + rows :]))
+        assert bool(torch.isnan(edges).all()), f"{name}: written outside of the buffer"
+    for name, pool in pools.items():
+        may = torch.zeros(pool.base.shape, dtype=torch.bool, device=pool.base.device)
+        torch.as_strided(may, pool.view.shape, pool.view.stride(), pool.view.storage_offset()).copy_(case.written[name])
+        changed = bits(pool.base) != bits(case.pools[name].base)
+        stray = changed & ~may
+        assert not bool(stray.any()), f"{name}: {int(stray.sum())} elements written that are not the op's to write"
+    return Result(outputs, pools)
+
+
+def check(function: Callable[..., None], case: Case, *, precision: str = "fp32", zero_padding: bool = True) -> Result:
+    """See the module's docstring. `precision` is the tolerance table's column: "fp32" or "io"."""
+    got = run(function, case, zero_padding=zero_padding)
+    want = run_reference(case)
+    live = case.live
+    for name, out in got.outputs.items():
+        out_cpu, truth = out.cpu(), want.outputs[name]
+        tol = tolerance(case.op, case.io_dtype, out.dtype, precision)
+        assert_close(f"{case.op}: {name}", out_cpu[live], truth[live], tol)
+        padding = out_cpu[~live]
+        if not case.has_zero_padding:
+            assert torch.equal(padding.double(), truth[~live]), f"{case.op}: {name}: wrong value in padding tokens"
+        elif zero_padding:
+            assert bool((padding == 0).all()), f"{case.op}: {name}: padding rows of a returning op must be zero"
+        else:
+            assert bool(((padding == 0) | torch.isnan(padding)).all()), f"{case.op}: {name}: padding rows were written"
+    for name, pool in got.pools.items():
+        mask = case.written[name].cpu()
+        tol = tolerance(case.op, case.io_dtype, pool.view.dtype, precision)
+        if name == "conv_state":  # raw inputs, cast to the pool's dtype: no arithmetic
+            same = torch.equal(pool.view.cpu()[mask], want.pools[name].base[mask].to(pool.view.dtype))
+            assert same, f"{case.op}: conv_state does not hold the raw inputs"
+        else:
+            assert_close(f"{case.op}: {name}", pool.view.cpu()[mask], want.pools[name].base[mask], tol)
+    return got

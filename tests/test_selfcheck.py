@@ -1,0 +1,195 @@
+"""Self-check: what it lets pass, what it catches, and what follows."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from gdn_plugin import selfcheck
+from gdn_plugin.ops import reference
+from gdn_plugin.registry import OPS, Backend, NoBackendError, Platform, Problem, SelfCheckError
+from gdn_plugin.registry.table import TABLE
+
+CPU = Platform.simulated("cpu")
+RESULT = {"conv_prologue": "q", "prefill": "out", "decode": "out", "fused_decode": "out", "verify": "out"}
+
+
+def problem(op, **changed):
+    fields = {
+        "dtype": "bfloat16",
+        "state_dtype": "float32",
+        "num_k_heads": 2,
+        "num_v_heads": 4,
+        "head_k_dim": 16,
+        "head_v_dim": 24,
+        "padded_pool": True,
+    }
+    return Problem(op=op, **(fields | changed))
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    """backend(function, name): a row that runs the function."""
+    selfcheck._cached.cache_clear()
+
+    def make(function, name="mine"):
+        module = ModuleType(f"gdn_selfcheck_{name}")
+        module.run = function
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        return Backend(name, f"{module.__name__}:run")
+
+    yield make
+    selfcheck._cached.cache_clear()
+
+
+def wrong(op, change):
+    """The reference, with `change(arguments by name)` afterwards."""
+    names = list(reference.__dict__[op].__annotations__)
+
+    def run(*arguments):
+        getattr(reference, op)(*arguments)
+        change(dict(zip(names, arguments, strict=False)))
+
+    return run
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float32"])
+def test_the_recurrence_passes_its_own_check(backend, op, dtype, state_dtype):
+    case = problem(op, dtype=dtype, state_dtype=state_dtype, checkpoints=op == "prefill", max_spec_tokens=3)
+    for name in ("mine", "flashinfer"):  # both forms of the small problem
+        result = selfcheck.run(backend(getattr(reference, op), name), case, "cpu")
+        assert result.failure is None, result
+        assert all(error < result.limit / 4 for error in result.errors.values())
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("factor", "why"),
+    [(1.2, "is off by"), (0.0, "is off by"), (float("nan"), "off by nan")],
+    ids=["scaled", "zero", "nan"],
+)
+def test_wrong_results_are_caught(backend, op, factor, why):
+    result = selfcheck.run(backend(wrong(op, lambda named: named[RESULT[op]].mul_(factor))), problem(op), "cpu")
+    assert why in result.failure
+    assert not result.ok
+
+
+@pytest.mark.parametrize("op", ["prefill", "decode", "fused_decode", "verify"])
+def test_a_wrong_state_is_caught(backend, op):
+    result = selfcheck.run(backend(wrong(op, lambda named: named["state"][1].mul_(1.5))), problem(op), "cpu")
+    assert f"state of {op} is off" in result.failure
+
+
+def test_one_wrong_element_is_caught(backend):
+    def change(named):
+        named["out"][0, 0, 0] += 3.0
+
+    assert "out of prefill" in selfcheck.run(backend(wrong("prefill", change)), problem("prefill"), "cpu").failure
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_writing_where_nothing_names_is_caught(backend, op):
+    def change(named):
+        named["state"][-1, 0, 0, 0] = 1.0
+
+    failure = selfcheck.run(backend(wrong(op, change)), problem(op), "cpu").failure
+    assert failure == f"{op} wrote to rows of state that nothing names"
+
+
+def test_writing_behind_a_row_is_caught(backend):
+    def change(named):
+        state = named["state"]
+        page = state.as_strided((state.stride(0),), (1,), state.storage_offset())
+        page[-1] = 1.0
+
+    failure = selfcheck.run(backend(wrong("prefill", change)), problem("prefill"), "cpu").failure
+    assert "rows of state that nothing names" in failure
+
+
+def test_what_a_kernel_raises_is_its_failure(backend):
+    def boom(*arguments):
+        raise RuntimeError("no kernel image")
+
+    assert selfcheck.run(backend(boom), problem("decode"), "cpu").failure == "RuntimeError: no kernel image"
+    missing = Backend("gone", "gdn_not_there:run")
+    assert "could not be loaded" in selfcheck.run(missing, problem("decode"), "cpu").failure
+
+
+def test_checked_once_a_family(backend):
+    calls = []
+
+    def count(*arguments):
+        calls.append(1)
+        reference.decode(*arguments)
+
+    mine = backend(count)
+    for sequences in (0, 1, 128):
+        assert selfcheck.check(mine, problem("decode", num_sequences=sequences), "cpu").ok
+    assert len(calls) == 1
+    assert selfcheck.check(mine, problem("decode", state_dtype="bfloat16"), "cpu").ok
+    assert len(calls) == 2
+
+
+def test_random_state_and_defaults_of_the_host_are_left_alone(backend):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert selfcheck.run(backend(reference.prefill), problem("prefill"), "cpu").ok
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(1), expected)
+
+
+class TestPolicy:
+    @pytest.fixture
+    def table(self, backend, monkeypatch):
+        """Every op's rows: bad, then good; only what the test is about."""
+        monkeypatch.delenv("GDN_PLUGIN_SELF_CHECK", raising=False)
+
+        def zero(op):
+            return wrong(op, lambda named: named[RESULT[op]].zero_())
+
+        offered = {op: (backend(zero(op), f"bad_{op}"), backend(getattr(reference, op), f"good_{op}")) for op in OPS}
+        offered = {
+            op: (Backend("bad", bad.target), Backend("good", good.target)) for op, (bad, good) in offered.items()
+        }
+        for module in ("choice", "selection"):
+            monkeypatch.setattr(f"gdn_plugin.registry.{module}.rows", lambda op: offered[op])
+        return offered
+
+    def test_auto_moves_on_loudly(self, table, caplog):
+        resolved = selfcheck.resolve(CPU, {op: problem(op) for op in ("prefill", "decode")})
+        assert resolved.backends() == {"prefill": "good", "decode": "good"}
+        assert "bad is not used for prefill" in caplog.text
+        assert "self-check failed: out of prefill is off" in caplog.text
+        assert "not bad: self-check failed" in resolved["prefill"].describe()
+
+    def test_a_named_request_raises(self, table):
+        with pytest.raises(SelfCheckError, match=r"backend 'bad', asked for prefill.*GDN_PLUGIN_SELF_CHECK=0"):
+            selfcheck.resolve(CPU, {"prefill": problem("prefill")}, {"prefill": "bad,good"})
+
+    def test_it_can_be_turned_off(self, table, monkeypatch):
+        monkeypatch.setenv("GDN_PLUGIN_SELF_CHECK", "0")
+        resolved = selfcheck.resolve(CPU, {"prefill": problem("prefill")}, {"prefill": "bad"})
+        assert resolved["prefill"].name == "bad"
+
+    def test_nothing_is_left(self, table, monkeypatch):
+        only_bad = {op: rows[:1] for op, rows in table.items()}
+        monkeypatch.setattr("gdn_plugin.registry.choice.rows", lambda op: only_bad[op])
+        with pytest.raises(NoBackendError, match="self-check failed"):
+            selfcheck.resolve(CPU, {"prefill": problem("prefill")})
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_torch_passes_on_this_machine(op):
+    row = next(row for row in TABLE[op] if row.name == "torch")
+    for dtype in ("bfloat16", "float16", "float32"):
+        result = selfcheck.run(row, problem(op, dtype=dtype, checkpoints=op == "prefill", max_spec_tokens=3), "cpu")
+        assert result.failure is None, result
