@@ -1,0 +1,99 @@
+"""Launch configurations of the Triton prefill: data, looked up by (sm, K, V, dtype), never tuned at run time.
+
+An autotuner would stall serving, and it runs out of memory once the KV cache is allocated. In a key `sm` 0, K 0, V 0
+and dtype "" stand for "any"; see `lookup` for which row wins.
+Source of the numbers: registers, spills and shared memory read from `gdn-plugin compile` for sm_80 to sm_120, and
+reasoning about occupancy; the state launches of sm_90 are timed (H100 80GB, torch 2.11, triton 3.6, 2026-11-23, bf16,
+K = V = 128, us of the state launches, block_v/warps/stages):
+
+    heads  sequences  whole 64/4/2  split 32/4/3  cut 32/4/3, 128 programs
+    16x32  8x1024              134           211
+    16x32  1x8192              332           283  331 (64/4/2, 264 programs: 264 with one launch more)
+    16x32  1x2048               90            77  not cut (64/4/2, 264 programs: 90)
+    2x4    8x1024               41            36  not cut
+    2x4    1x8192              277           246  88
+    2x4    1x2048               64            55  36
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+Key = tuple[int, int, int, str]
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class PrefillConfig:
+    """How one prefill is launched.
+
+    Args:
+        solve_warps: warps of a solve program.
+        solve_cols: columns of q and k that it holds at a time.
+        solve_registers: registers a thread may take, None as many as there are: fewer let more programs run at once.
+        solve_precision: of the dots that build the inverse, for bf16 io ("tf32" or "tf32x3"; fp16 and fp32 io always
+            take "tf32x3"). M is rounded to bf16 afterwards: TF32 raised the error of the new values by 0 % (random
+            keys) to 10 % (keys equal but for 0.1 % noise, no decay), measured on the CPU with truncated operands.
+        block_v: rows of the state that a state program holds.
+        state_warps: its warps.
+        state_stages: its pipelining depth (chunks in flight).
+        full_programs: with fewer state programs than this, sequences are cut into segments or, where they are not,
+            V is split finer, both with the `small_` values; 0 never splits for that.
+        segment_programs: where half as many programs of small_block_v are more than there are, sequences are cut
+            into segments until there are about as many (one launch more); 0 never cuts. K = 256 is never cut: the
+            transition does not fit in shared memory.
+        segment_min_chunks: shortest segment worth its overhead.
+        small_block_v, small_warps, small_stages: block_v, state_warps and state_stages of cut or finer split launches.
+    """
+
+    solve_warps: int = 1
+    solve_cols: int = 64
+    solve_registers: int | None = None
+    solve_precision: str = "tf32"
+    block_v: int = 64
+    state_warps: int = 4
+    state_stages: int = 2
+    full_programs: int = 0
+    segment_programs: int = 0
+    segment_min_chunks: int = 4
+    small_block_v: int = 64
+    small_warps: int = 4
+    small_stages: int = 2
+
+
+PREFILL: Mapping[Key, PrefillConfig] = {
+    # mma.sync: more rows than 32 of 128 columns spill.
+    (0, 0, 0, ""): PrefillConfig(block_v=32, small_block_v=32, segment_programs=256),
+    (0, 256, 0, ""): PrefillConfig(block_v=16, state_warps=8),
+    # wgmma wants 64 rows; two programs share a multiprocessor's shared memory and hide each other's latency. With
+    # fewer programs than multiprocessors, smaller ones and a chunk more in flight.
+    (90, 0, 0, ""): PrefillConfig(
+        solve_cols=32, small_block_v=32, small_stages=3, full_programs=132, segment_programs=128
+    ),
+    (90, 256, 0, ""): PrefillConfig(block_v=32, state_warps=8),
+    # tcgen05: the same rows over 8 warps, which is what keeps 128 columns from spilling.
+    (100, 0, 0, ""): PrefillConfig(state_warps=8, small_warps=8, segment_programs=296),
+    (100, 256, 0, ""): PrefillConfig(block_v=32, state_warps=8),
+    # Three TF32 products a dot: slow, and registers are what is short. For checking numbers, not for serving.
+    (0, 0, 0, "float32"): PrefillConfig(block_v=16, state_warps=8, state_stages=1),
+}
+
+
+def lookup(table: Mapping[Key, Row], sm: int, head_k_dim: int, head_v_dim: int, dtype: str) -> Row:
+    """The row of `table` for a device and problem; dtype is "bfloat16", "float16" or "float32".
+
+    A row that names the dtype beats one that does not, then one for this sm beats one for its family (sm_103: 100),
+    which beats any sm, then one that names K and V beats one that names K, and that one that names neither.
+
+    Raises:
+        KeyError: no row fits (every table has an any-row, so this is a defect of the table).
+    """
+    for wanted_dtype in (dtype, ""):
+        for wanted_sm in (sm, sm // 10 * 10, 0):
+            for dims in ((head_k_dim, head_v_dim), (head_k_dim, 0), (0, head_v_dim), (0, 0)):
+                row = table.get((wanted_sm, *dims, wanted_dtype))
+                if row is not None:
+                    return row
+    raise KeyError(f"no configuration row for sm={sm}, K={head_k_dim}, V={head_v_dim}, dtype={dtype}")

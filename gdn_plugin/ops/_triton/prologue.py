@@ -1,0 +1,264 @@
+"""conv_prologue: everything between the projection and the recurrence, in one launch.
+
+Grid: (blocks of tokens) x (2*Hk + Hv heads, and one slot for the gates). A block lies inside one sequence, so the
+history of a token is either in the rows before it or, for the first W-1 tokens of the first block, in conv_state.
+Which block is which is worked out on the device from cu_seqlens: at most cdiv(T, BT) + B + 1 blocks exist, known from
+shapes alone, and the surplus ones exit. The tokens past cu_seqlens[-1] are treated as one sequence more, whose outputs
+are zeros; so every element of the outputs is written here and no fill is launched.
+
+A program's tile is [R, D]: R runs of RUN neighbouring tokens, all D channels of a head. It asks for all RUN + W-1 rows
+before it computes anything (many 16-byte loads in flight), then slides along the run: each input is read from memory
+(RUN + W-1) / RUN times, the repeats from cache.
+
+How the conv_state update stays free of races: of all the programs that handle a channel, only the one with a sequence's
+first block reads that channel's history, and it alone also writes the new state, whose inputs it reads straight from
+mixed_qkv (which nobody writes). Inside that program a barrier stands between the last read of the history, by any
+thread, and the first write. Rows of `state` are zeroed by the same first-block programs, a value head each.
+"""
+
+# ruff: noqa: RUF005, SIM102 - Triton has no unpacking of tuples, and decides an outer `is not None` when it compiles
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn_plugin.ops._triton.gates import log_decay, round_to, sigmoid, silu
+from gdn_plugin.ops._triton.launch import compile_count, launch
+from gdn_plugin.ops._triton.tiles import PrologueConfig, prologue_config
+from gdn_plugin.registry import Problem
+
+__all__ = ["compile_count", "conv_prologue", "conv_prologue_with_config", "warm_up"]
+
+
+@triton.jit
+def find_block(p_cu_seqlens, i_block, num_sequences, num_tokens, BT: tl.constexpr):
+    """Which sequence block i_block belongs to: (sequence, its first token, its length, block within the sequence).
+
+    Sequence num_sequences is the tail of padding tokens. A block past the end comes back with a start past its length.
+    """
+    BS: tl.constexpr = 128
+    i_seq = tl.zeros([], dtype=tl.int32)
+    skipped = tl.zeros([], dtype=tl.int32)  # blocks of the sequences before i_seq
+    total = tl.zeros([], dtype=tl.int32)
+    for i in range(0, num_sequences, BS):
+        o_s = i + tl.arange(0, BS)
+        m_s = o_s < num_sequences
+        first = tl.load(p_cu_seqlens + o_s, mask=m_s, other=0).to(tl.int32)
+        past = tl.load(p_cu_seqlens + o_s + 1, mask=m_s, other=0).to(tl.int32)
+        blocks = (past - first + BT - 1) // BT
+        ends = total + tl.cumsum(blocks, axis=0)
+        before = m_s & (ends <= i_block)
+        i_seq += tl.sum(before.to(tl.int32), axis=0)
+        skipped += tl.sum(tl.where(before, blocks, 0), axis=0)
+        total += tl.sum(blocks, axis=0)
+    start = tl.load(p_cu_seqlens + i_seq).to(tl.int64)
+    end = tl.load(p_cu_seqlens + i_seq + 1, mask=i_seq < num_sequences, other=num_tokens).to(tl.int64)
+    return i_seq, start, end - start, (i_block - skipped).to(tl.int64)
+
+
+@triton.jit
+def conv_head(
+    p_x, p_weight, p_bias, p_conv_state, p_out, i_channel, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w,
+    stride_out, length, i_block, first_column, num_columns, readable, writable, is_tail,
+    D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, SPECULATIVE: tl.constexpr,
+):  # fmt: skip
+    """One head of one block. p_x and p_out point at the sequence's first token, p_conv_state at the pool row."""
+    o_d = tl.arange(0, D)
+    o_c = i_channel + o_d
+    run_start = i_block * (R * RUN) + tl.arange(0, R).to(tl.int64) * RUN  # [R], token within the sequence
+    p_history = p_conv_state + o_c * stride_cs_c
+    keep = W - 1 + first_column  # history column of token -1, plus one
+    # Tuple entry j holds token run_start + j - (W-1) of every run.
+    window = ()
+    for j in tl.static_range(RUN + W - 1):
+        o_t = run_start + (j - (W - 1))
+        x = tl.load(
+            p_x + o_t[:, None] * stride_x + o_c[None, :], mask=((o_t >= 0) & (o_t < length))[:, None], other=0.0
+        )
+        if j < W - 1:
+            # Only the first run of a first block starts before the sequence does (RUN >= W-1).
+            old = tl.load(
+                p_history + (j - (W - 1) + keep) * stride_cs_w,
+                mask=o_d < tl.where(readable & (i_block == 0), D, 0),  # a scalar flag itself the interpreter rejects
+                other=0.0,
+            )
+            window = window + (tl.where((o_t < 0)[:, None], old.to(tl.float32)[None, :], x.to(tl.float32)),)
+        else:
+            window = window + (x,)
+
+    weight = ()
+    for i in tl.static_range(W):
+        weight = weight + (tl.load(p_weight + o_c * stride_w_c + i * stride_w_t).to(tl.float32),)
+    bias = tl.zeros([D], dtype=tl.float32)
+    if p_bias is not None:
+        bias = tl.load(p_bias + o_c).to(tl.float32)
+
+    for j in tl.static_range(RUN):
+        acc = tl.zeros([R, D], dtype=tl.float32) + bias[None, :]
+        for i in tl.static_range(W):
+            acc += window[j + i].to(tl.float32) * weight[i][None, :]
+        y = round_to(silu(acc), p_out.dtype.element_ty)
+        if NORM:
+            y = y * tl.rsqrt(tl.sum(y * y, axis=1) + 1e-6)[:, None]
+        y = tl.where(is_tail, 0.0, y)
+        o_t = run_start + j
+        tl.store(
+            p_out + o_t[:, None] * stride_out + o_d[None, :], y.to(p_out.dtype.element_ty), mask=(o_t < length)[:, None]
+        )
+
+    if writable & (i_block == 0):
+        KEPT: tl.constexpr = W - 2 if SPECULATIVE else W - 1
+        columns = ()
+        for i in tl.static_range(KEPT):
+            # Plain: the last W-1 inputs up to the sequence's end. Speculative: the last W-2 before its first token.
+            pos = i - KEPT + (0 * length if SPECULATIVE else length)
+            late = tl.load(p_x + pos * stride_x + o_c, mask=o_d < tl.where(pos >= 0, D, 0), other=0.0)
+            early = tl.load(
+                p_history + (pos + keep) * stride_cs_w, mask=o_d < tl.where((pos < 0) & readable, D, 0), other=0.0
+            )
+            columns = columns + (tl.where(pos < 0, early.to(tl.float32), late.to(tl.float32)),)
+        tl.debug_barrier()
+        for i in tl.static_range(KEPT):
+            tl.store(p_history + i * stride_cs_w, columns[i].to(p_conv_state.dtype.element_ty))
+        if SPECULATIVE:
+            # Any prefix of these tokens may be accepted by the next step, so all of them stay.
+            for i_t in range(tl.minimum(length, num_columns - (W - 2))):
+                late = tl.load(p_x + i_t * stride_x + o_c)
+                tl.store(p_history + (W - 2 + i_t) * stride_cs_w, late.to(p_conv_state.dtype.element_ty))
+
+
+@triton.jit(
+    do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
+                       "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "num_tokens", "num_sequences",
+                       "num_k_heads", "num_v_heads", "num_columns", "null_index"],
+    do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_cu_seqlens", "p_has_initial",
+                                    "p_accepted", "p_bias", "p_weight", "p_conv_state"],
+)  # fmt: skip
+def conv_prologue_kernel(
+    p_x, p_weight, p_bias, p_conv_state, p_indices, p_cu_seqlens, p_has_initial, p_accepted, p_a, p_b, p_A_log,
+    p_dt_bias, p_state, p_q, p_k, p_v, p_g, p_beta,
+    stride_x, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w, stride_indices, stride_a_t, stride_a_h,
+    stride_b_t, stride_b_h, stride_state,
+    num_tokens, num_sequences, num_k_heads, num_v_heads, num_columns, null_index,
+    K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, BH: tl.constexpr,
+    EXP_GATE: tl.constexpr,
+):  # fmt: skip
+    BT: tl.constexpr = R * RUN
+    num_slots = 2 * num_k_heads + num_v_heads + 1
+    i_slot = tl.program_id(0) % num_slots
+    i_seq, start, length, i_block = find_block(
+        p_cu_seqlens, tl.program_id(0) // num_slots, num_sequences, num_tokens, BT
+    )
+    if i_block * BT >= length:
+        return
+    is_tail = i_seq == num_sequences
+
+    if i_slot == num_slots - 1:
+        o_t = start + i_block * BT + tl.arange(0, BT)
+        o_h = tl.arange(0, BH)
+        mask = (o_t < start + length)[:, None] & (o_h < num_v_heads)[None, :]
+        a = tl.load(p_a + o_t[:, None] * stride_a_t + o_h[None, :] * stride_a_h, mask=mask, other=0.0)
+        b = tl.load(p_b + o_t[:, None] * stride_b_t + o_h[None, :] * stride_b_h, mask=mask, other=0.0)
+        A_log = tl.load(p_A_log + o_h, mask=o_h < num_v_heads, other=0.0).to(tl.float32)
+        dt_bias = tl.load(p_dt_bias + o_h, mask=o_h < num_v_heads, other=0.0).to(tl.float32)
+        g = tl.where(is_tail, 0.0, log_decay(a.to(tl.float32), A_log[None, :], dt_bias[None, :]))
+        if EXP_GATE:
+            g = tl.exp(g)
+        beta = tl.where(is_tail, 0.0, sigmoid(b.to(tl.float32)))
+        o_out = o_t[:, None] * num_v_heads + o_h[None, :]
+        tl.store(p_g + o_out, g, mask=mask)
+        tl.store(p_beta + o_out, beta, mask=mask)
+        return
+
+    row = tl.load(p_indices + i_seq * stride_indices, mask=i_seq < num_sequences, other=null_index).to(tl.int64)
+    writable = row > null_index
+    readable = writable
+    if p_has_initial is not None:
+        initial = tl.load(p_has_initial + i_seq, mask=i_seq < num_sequences, other=0)
+        readable = writable & (initial.to(tl.int32) != 0)
+    first_column = tl.zeros([], dtype=tl.int64)
+    if p_accepted is not None:
+        accepted = tl.load(p_accepted + i_seq, mask=i_seq < num_sequences, other=1).to(tl.int64)
+        first_column = tl.maximum(accepted - 1, 0)
+    p_x += start * stride_x
+    p_conv_state += tl.where(writable, row, 0) * stride_cs_n
+
+    if i_slot < 2 * num_k_heads:
+        is_query = i_slot < num_k_heads
+        p_out = tl.where(is_query, p_q, p_k) + (i_slot - tl.where(is_query, 0, num_k_heads)) * K
+        conv_head(
+            p_x, p_weight, p_bias, p_conv_state, p_out + start * (num_k_heads * K), i_slot * K,
+            stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads * K,
+            length, i_block, first_column, num_columns, readable, writable, is_tail,
+            K, W, R, RUN, True, p_accepted is not None,
+        )  # fmt: skip
+    else:
+        i_h = i_slot - 2 * num_k_heads
+        conv_head(
+            p_x, p_weight, p_bias, p_conv_state, p_v + start * (num_v_heads * V) + i_h * V,
+            2 * num_k_heads * K + i_h * V, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w,
+            num_v_heads * V, length, i_block, first_column, num_columns, readable, writable, is_tail,
+            V, W, R, RUN, False, p_accepted is not None,
+        )  # fmt: skip
+        if p_state is not None:
+            if writable & (readable == 0) & (i_block == 0):
+                BZ: tl.constexpr = V * K if V * K < 2048 else 2048
+                p_S = p_state + row * stride_state + i_h.to(tl.int64) * (V * K) + tl.arange(0, BZ)
+                for i in range(0, V * K, BZ):
+                    tl.store(p_S + i, tl.zeros([BZ], dtype=p_state.dtype.element_ty))
+
+
+def conv_prologue(
+    mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, state_indices: Tensor,
+    cu_seqlens: Tensor, has_initial_state: Tensor | None, num_accepted_tokens: Tensor | None, a: Tensor, b: Tensor,
+    A_log: Tensor, dt_bias: Tensor, state: Tensor | None, num_k_heads: int, head_k_dim: int, head_v_dim: int,
+    exp_gate: bool, null_index: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+) -> None:  # fmt: skip
+    """Causal conv + SiLU + split + L2 norm + gates of mixed_qkv [T, 2*Hk*K + Hv*V] into q, k, v, g, beta (contiguous).
+
+    Updates conv_state rows in place and, with `state`, zeroes the rows of sequences without an initial state. Padding
+    tokens give zeros (g: 1 under exp_gate); rows of padding (index <= null_index) and empty sequences stay as they are.
+    """
+    conv_prologue_with_config(
+        mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state,
+        num_accepted_tokens, a, b, A_log, dt_bias, state, num_k_heads, head_k_dim, head_v_dim, exp_gate, null_index,
+        q, k, v, g, beta, config=prologue_config(mixed_qkv.shape[0], cu_seqlens.shape[0] - 1),
+    )  # fmt: skip
+
+
+def conv_prologue_with_config(
+    mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, state_indices: Tensor,
+    cu_seqlens: Tensor, has_initial_state: Tensor | None, num_accepted_tokens: Tensor | None, a: Tensor, b: Tensor,
+    A_log: Tensor, dt_bias: Tensor, state: Tensor | None, num_k_heads: int, head_k_dim: int, head_v_dim: int,
+    exp_gate: bool, null_index: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
+    *, config: PrologueConfig,
+) -> None:  # fmt: skip
+    """`conv_prologue` with a given configuration, for a tuning script."""
+    num_tokens = mixed_qkv.shape[0]
+    num_sequences = cu_seqlens.shape[0] - 1
+    num_v_heads = a.shape[1]
+    width = conv_weight.shape[1]
+    if config.run_length < width - 1:
+        raise ValueError(f"run_length: expected at least W-1={width - 1}, got {config.run_length}")
+    # With no token nothing is written, not even conv_state.
+    blocks = triton.cdiv(num_tokens, config.block_t) + num_sequences + 1 if num_tokens else 0
+    launch(
+        conv_prologue_kernel, (blocks * (2 * num_k_heads + num_v_heads + 1),),
+        mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state,
+        num_accepted_tokens, a, b, A_log, dt_bias, state, q, k, v, g, beta,
+        mixed_qkv.stride(0), conv_weight.stride(0), conv_weight.stride(1), conv_state.stride(0), conv_state.stride(1),
+        conv_state.stride(2), state_indices.stride(0), a.stride(0), a.stride(1), b.stride(0), b.stride(1),
+        0 if state is None else state.stride(0),
+        num_tokens, num_sequences, num_k_heads, num_v_heads, conv_state.shape[2], null_index,
+        K=head_k_dim, V=head_v_dim, W=width, R=config.runs, RUN=config.run_length,
+        BH=triton.next_power_of_2(num_v_heads), EXP_GATE=exp_gate,
+        num_warps=config.num_warps, num_stages=1,
+    )  # fmt: skip
+
+
+def warm_up(problem: Problem) -> None:
+    """Compile every variant that calls of this problem can reach; see warm_up.py."""
+    from gdn_plugin.ops._triton.warm_up import warm_up as run
+
+    run(problem)

@@ -1,0 +1,212 @@
+"""Every argument of every op, wrong in type, rank, size, dtype, device and stride: a ValueError that names it.
+
+One table a kind of mistake, applied to every argument it makes sense for; nothing may have been written.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_plugin import ops
+from tests.support import cases
+from tests.support.checks import bits
+
+OP_CASES = {
+    "conv_prologue": lambda: cases.conv_prologue_case(
+        (3, 2), accepted=(1, 2), page_tail=8, layout="DS", state_dtype=torch.float32
+    ),
+    "prefill": lambda: cases.prefill_case((65, 64), checkpoint_every=64),
+    "decode": lambda: cases.decode_case(3),
+    "fused_decode": lambda: cases.fused_decode_case(3),
+    "verify": lambda: cases.verify_case((2, 3), slots=3),
+}
+# Arguments whose strides are free in every dim, or in all but the last.
+ANY_STRIDE = {"conv_weight", "state_indices", "g", "beta"}
+LAST_DENSE = {"mixed_qkv", "q", "k", "v", "a", "b", "z"}
+
+
+def arguments(op):
+    """The public function's arguments, all of them given, out included."""
+    case = OP_CASES[op]()
+    values = dict(case.args) | {n: p.clone().view for n, p in case.pools.items()}
+    buffers = {n: torch.full(shape, 7.0, dtype=dtype) for n, (shape, dtype) in case.outputs.items()}
+    values["out"] = tuple(buffers.values()) if op == "conv_prologue" else buffers["out"]
+    return values
+
+
+def other_rank(x):
+    return x.unsqueeze(0)
+
+
+def longer(dim):
+    return lambda x: torch.cat((x, x.narrow(dim, 0, 1)), dim)
+
+
+def other_dtype(x):
+    return x.to(torch.int16)
+
+
+def float64(x):
+    return x.double()
+
+
+def other_device(x):
+    return x.to("meta")
+
+
+def every_other(x):
+    """Same size, twice the innermost stride."""
+    wide = torch.zeros(*x.shape, 2, dtype=x.dtype)
+    wide[..., 0] = x
+    return wide[..., 0]
+
+
+def table():
+    for op in OP_CASES:
+        for name, x in arguments(op).items():
+            if isinstance(x, Tensor):
+                yield op, name, "list", lambda x: x.tolist()
+                yield op, name, "rank", other_rank
+                yield op, name, "dtype", other_dtype
+                if x.is_floating_point():
+                    yield op, name, "float64", float64
+                yield op, name, "device", other_device
+                pool = {"state": (1, 2, 3), "conv_state": (1,), "checkpoints": (1, 2, 3), "conv_weight": (0,)}
+                for dim in pool.get(name, range(x.dim())):
+                    if (op, name, dim) not in FREE_SIZES:
+                        yield op, name, f"size of dim {dim}", longer(dim)
+                if name not in ANY_STRIDE:
+                    yield op, name, "stride", every_other
+            elif name == "out":
+                for i, part in enumerate(x):
+                    for kind, wrong in (("rank", other_rank), ("dtype", other_dtype), ("stride", every_other)):
+                        yield op, "out", f"{kind} of {i}", (lambda t, i=i, w=wrong: (*t[:i], w(t[i]), *t[i + 1 :]))
+                    yield op, "out", f"size of {i}", (lambda t, i=i: (*t[:i], longer(0)(t[i]), *t[i + 1 :]))
+                    assert isinstance(part, Tensor)
+                yield op, "out", "count", lambda t: t[:4]
+                yield op, "out", "type", lambda t: 3
+
+
+# S of state_indices [B, S] is verify's to choose; a longer prefill pool of checkpoints is just a longer pool.
+FREE_SIZES = {("verify", "state_indices", 1)}
+SCALARS = [
+    *[(op, "null_index", bad) for op in OP_CASES for bad in (-2, 1.0, None, True)],
+    *[(op, "backend", bad) for op in OP_CASES for bad in (3, b"torch")],
+    *[(op, n, bad) for op in ("conv_prologue", "fused_decode") for bad in (0, -1, 3, 2.0, None)
+      for n in ("num_k_heads", "head_k_dim", "head_v_dim")],
+    *[(op, "scale", bad) for op in OP_CASES if op != "conv_prologue" for bad in ("1", float("nan"), True)],
+    *[(op, "use_qk_l2norm", bad) for op in ("prefill", "decode", "verify") for bad in (1, None)],
+    *[(op, "exp_gate", bad) for op in ("conv_prologue", "prefill") for bad in (1, None)],
+    *[("prefill", "max_seqlen", bad) for bad in (-1, 1.5, None)],
+    *[("prefill", "checkpoint_every", bad) for bad in (0, -64, 63, 96, 64.0, None)],
+    *[("fused_decode", "norm_eps", bad) for bad in (-1e-6, "0", None, float("nan"))],
+    *[("fused_decode", "gate", bad) for bad in ("relu", None, "SILU")],
+]  # fmt: skip
+MISSING = [
+    ("prefill", {"checkpoints": None}, "checkpoints"),
+    ("prefill", {"checkpoint_cu_starts": None}, "checkpoint_cu_starts"),
+    ("prefill", {"checkpoints": None, "checkpoint_cu_starts": None}, "checkpoint_every"),
+    ("fused_decode", {"z": None}, "z"),
+    ("fused_decode", {"norm_weight": None}, "norm_weight"),
+]
+# By op, tensors that may be None.
+OPTIONAL = {
+    "conv_prologue": {"conv_bias", "has_initial_state", "num_accepted_tokens", "state", "out"},
+    "prefill": {"has_initial_state", "checkpoints", "checkpoint_cu_starts", "out"},
+    "decode": {"out"},
+    "fused_decode": {"conv_bias", "z", "norm_weight", "out"},
+    "verify": {"out"},
+}
+REQUIRED = [
+    (op, name) for op in OP_CASES for name, x in arguments(op).items()
+    if isinstance(x, Tensor) and name not in OPTIONAL[op]
+]  # fmt: skip
+
+
+def refused(op, values, name):
+    """The call raises a ValueError that names the op and the argument, and nothing was written."""
+    watched = [x for n in ("state", "conv_state", "checkpoints", "out") for x in _tensors(values.get(n))]
+    before = [bits(x).clone() for x in watched]
+    with pytest.raises(ValueError, match=rf"^gdn\.{op}: ") as caught:
+        getattr(ops, op)(**({"backend": "torch"} | values))
+    message = str(caught.value)
+    assert re.search(rf"\b{name}\b", message), message
+    assert "expected" in message and "got" in message
+    for x, was in zip(watched, before, strict=True):
+        assert torch.equal(bits(x), was)
+
+
+def _tensors(x):
+    group = x if isinstance(x, (tuple, list)) else [x]
+    return [t for t in group if isinstance(t, Tensor) and t.device.type == "cpu"]
+
+
+@pytest.mark.parametrize(("op", "name", "kind", "wrong"), [pytest.param(*r, id="-".join(r[:3])) for r in table()])
+def test_wrong_tensor(op, name, kind, wrong):
+    values = arguments(op)
+    refused(op, values | {name: wrong(values[name])}, name)
+
+
+@pytest.mark.parametrize(("op", "name", "bad"), SCALARS, ids=lambda x: str(x))
+def test_wrong_scalar(op, name, bad):
+    refused(op, arguments(op) | {name: bad}, name)
+
+
+@pytest.mark.parametrize(("op", "missing", "name"), MISSING, ids=lambda x: str(x))
+def test_half_of_a_pair(op, missing, name):
+    refused(op, arguments(op) | missing, name)
+
+
+@pytest.mark.parametrize(("op", "name"), REQUIRED)
+def test_none_for_a_required_tensor(op, name):
+    refused(op, arguments(op) | {name: None}, name)
+
+
+def test_pools_that_overlap_themselves():
+    values = arguments("decode")
+    dense = values["state"][0].numel()
+    state = torch.as_strided(torch.zeros(dense * 8), values["state"].shape, (dense // 2, *values["state"].stride()[1:]))
+    refused("decode", values | {"state": state}, "state")
+    values = arguments("fused_decode")
+    n, dim, width = values["conv_state"].shape
+    overlapping = torch.as_strided(torch.zeros(n * dim * width), (n, dim, width), (dim * width, 1, 1))
+    refused("fused_decode", values | {"conv_state": overlapping}, "conv_state")
+
+
+def test_the_arguments_are_good_to_begin_with():
+    """Else every test above would pass for the wrong reason."""
+    for op in OP_CASES:
+        getattr(ops, op)(**arguments(op), backend="torch")
+
+
+BAD_VALUES = [
+    ("prefill", "state_indices", lambda x: x.fill_(1), "unique"),
+    ("prefill", "state_indices", lambda x: x.fill_(99), "below N"),
+    ("prefill", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 80, 70])), "never fall"),
+    ("prefill", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 80, 700])), "up to T"),
+    ("prefill", "cu_seqlens", lambda x: x.copy_(torch.tensor([1, 80, 90])), "first offset 0"),
+    ("prefill", "checkpoint_cu_starts", lambda x: x.copy_(torch.tensor([0, 0, 1])), "rows within"),
+    ("decode", "state_indices", lambda x: x.fill_(2), "unique"),
+    ("fused_decode", "state_indices", lambda x: x.fill_(2), "unique"),
+    ("conv_prologue", "state_indices", lambda x: x.fill_(2), "unique"),
+    ("conv_prologue", "num_accepted_tokens", lambda x: x.fill_(9), "values from 1"),
+    ("verify", "state_indices", lambda x: x.fill_(2), "unique"),
+    ("verify", "num_accepted_tokens", lambda x: x.fill_(0), "values from 1"),
+    ("verify", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 0, 5])), "at most"),
+]
+
+
+@pytest.mark.parametrize(("op", "name", "spoil", "message"), BAD_VALUES, ids=lambda x: x if isinstance(x, str) else "")
+def test_values_are_checked_under_debug(op, name, spoil, message, monkeypatch):
+    monkeypatch.setenv("GDN_PLUGIN_DEBUG", "1")
+    values = arguments(op)
+    getattr(ops, op)(**values, backend="torch")  # good values pass
+    values = arguments(op)
+    values[name] = values[name].clone()
+    spoil(values[name])
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, op)(**values, backend="torch")

@@ -1,0 +1,128 @@
+"""The ops as torch.library sees them: schemas, fakes, opcheck, and what is the same for every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gdn_plugin import ops
+from gdn_plugin.ops import chunked, eager, library
+from tests.support import cases
+from tests.support.memory import assert_reads_no_values
+from tests.support.public import op_args
+
+BUILD = {
+    "conv_prologue": lambda **kw: cases.conv_prologue_case((3, 0, 2), gap=3, fresh=(0,), **kw),
+    "prefill": lambda **kw: cases.prefill_case((65, 0, 2), gap=3, fresh=(0,), **kw),
+    "decode": lambda **kw: cases.decode_case(3, gap=3, **kw),
+    "fused_decode": lambda **kw: cases.fused_decode_case(3, gap=3, **kw),
+    "verify": lambda **kw: cases.verify_case((2, 0, 3), gap=3, **kw),
+}
+MUTATED = {
+    "conv_prologue": {"conv_state", "state"},
+    "prefill": {"state", "checkpoints"},
+    "decode": {"state"},
+    "fused_decode": {"conv_state", "state"},
+    "verify": {"state"},
+}
+
+
+@pytest.mark.parametrize("variant", ["", "_out"], ids=["returning", "out"])
+@pytest.mark.parametrize("op", BUILD)
+def test_opcheck(op, variant):
+    overload = getattr(torch.ops.gdn, op + variant).default
+    torch.library.opcheck(overload, op_args(BUILD[op](), "torch", variant=variant))
+
+
+def test_opcheck_with_checkpoints_and_speculation():
+    prefill = cases.prefill_case((130, 64), checkpoint_every=64)
+    torch.library.opcheck(torch.ops.gdn.prefill.default, op_args(prefill, "torch"))
+    rows = cases.conv_prologue_case((2, 3), accepted=(1, 2), state_dtype=None)
+    torch.library.opcheck(torch.ops.gdn.conv_prologue.default, op_args(rows, "torch"))
+
+
+@pytest.mark.parametrize("op", BUILD)
+def test_schemas_say_what_is_mutated(op):
+    for variant, outputs in (("", set()), ("_out", set(BUILD[op]().outputs))):
+        schema = getattr(torch.ops.gdn, op + variant).default._schema
+        mutated = {x.name for x in schema.arguments if x.alias_info is not None and x.alias_info.is_write}
+        assert mutated == MUTATED[op] | outputs
+        assert schema.arguments[-1].name == "backend"
+        assert all(r.alias_info is None for r in schema.returns)
+
+
+@pytest.mark.parametrize("op", BUILD)
+def test_fakes_have_the_real_metadata(op):
+    """Shape, dtype and strides, from strided inputs; a fake that copied v's strides would fail here."""
+    case = BUILD[op](io_dtype=torch.bfloat16)
+    args = op_args(case, "torch")
+    real = getattr(torch.ops.gdn, op)(*args)
+    with FakeTensorMode() as mode:
+        fake_args = [mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in args]
+        fake = getattr(torch.ops.gdn, op)(*fake_args)
+    pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
+    for r, f in pairs:
+        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
+@pytest.mark.parametrize("op", BUILD)
+def test_no_tokens(op):
+    """T = 0: empty outputs of the right shape, nothing written."""
+    builds = {
+        "conv_prologue": lambda: cases.conv_prologue_case((0, 0)),
+        "prefill": lambda: cases.prefill_case((0, 0)),
+        "decode": lambda: cases.decode_case(0),
+        "fused_decode": lambda: cases.fused_decode_case(0),
+        "verify": lambda: cases.verify_case((0, 0)),
+    }
+    case = builds[op]()
+    pools = {n: p.clone() for n, p in case.pools.items()}
+    result = getattr(ops, op)(**case.args, **{n: p.view for n, p in pools.items()}, backend="torch")
+    first = result[0] if isinstance(result, tuple) else result
+    assert first.shape == next(iter(case.outputs.values()))[0]
+    for name, pool in pools.items():
+        assert torch.equal(pool.base.view(torch.int32), case.pools[name].base.view(torch.int32)), name
+
+
+@pytest.mark.parametrize("op", ["conv_prologue", "prefill", "verify"])
+def test_no_sequences_but_padding_tokens(op):
+    """B = 0 with T > 0: every token is padding, so outputs are zeros (g: 0, or 1 as exp(g))."""
+    more = {"exp_gate": True} if op == "conv_prologue" else {}
+    case = BUILD[op](**more)
+    none = {"state_indices": case.args["state_indices"][:0], "cu_seqlens": torch.zeros(1, dtype=torch.int32)}
+    for name in ("has_initial_state", "num_accepted_tokens"):
+        if case.args.get(name) is not None:
+            none[name] = case.args[name][:0]
+    pools = {n: p.clone().view for n, p in case.pools.items()}
+    result = getattr(ops, op)(**(case.args | none), **pools, backend="torch")
+    if op == "conv_prologue":
+        assert bool((result[3] == 1).all())
+        result = torch.cat([result[i].flatten() for i in (0, 1, 2, 4)])
+    assert bool((result == 0).all())
+
+
+@pytest.mark.parametrize("op", BUILD)
+def test_torch_backend_reads_no_values(op):
+    """On a GPU, reading a value is a synchronisation, and a capture would fail. Run here on CPU tensors."""
+    case = BUILD[op](padding=(0,))
+    pools = {n: p.clone().view for n, p in case.pools.items()}
+    outputs = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in case.outputs.items()}
+    args = case.args | pools | outputs | ({} if op == "conv_prologue" else {"zero_padding": True})
+    if op == "prefill":
+        args.pop("max_seqlen")
+        assert_reads_no_values(lambda: chunked._prefill_device(**args))
+    else:
+        assert_reads_no_values(lambda: getattr(eager, op)(**args))
+
+
+def test_the_detector_of_value_reads_can_fail():
+    with pytest.raises(AssertionError, match="reads values"):
+        assert_reads_no_values(lambda: torch.ones(2).sum().item())
+    with pytest.raises(AssertionError, match="reads values"):
+        assert_reads_no_values(lambda: torch.ones(2)[torch.tensor([True, False])])
+
+
+def test_one_implementation_for_every_device():
+    for name in library.SCHEMAS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gdn::{name}", "CompositeExplicitAutograd")

@@ -1,0 +1,68 @@
+"""The small kernels around FlashInfer's: which row a sequence starts from, and what is zeroed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gdn_plugin.ops._flashinfer import rows
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("stride", [1, 3])
+@pytest.mark.parametrize(
+    ("null_index", "padding", "wanted"),
+    [(-1, -1, (4, 0, -1, 9)), (0, -1, (4, -1, -1, 9)), (0, 0, (4, 0, 0, 9)), (rows.ALL_LIVE, 0, (4, 0, -7, 9))],
+    ids=["negative", "null-block", "scratch-row", "as-they-are"],
+)
+def test_start_rows(stride, null_index, padding, wanted):
+    held = torch.full((4 * stride,), 77, dtype=torch.int32)
+    held[::stride] = int32(4, 0, -7, 9)
+    assert rows.start_rows(held[::stride], null_index, padding).tolist() == list(wanted)
+
+
+@pytest.mark.parametrize("padding", [-1, 0], ids=["fp32-pool", "bf16-pool"])
+@pytest.mark.parametrize("width", [1, 2, 3, 5])
+def test_verify_rows(width, padding):
+    """Live, the null block as padding, and padding whose sequence is empty although its row is not."""
+    held = torch.arange(1, 1 + 4 * (width + 2), dtype=torch.int32).view(4, width + 2)[:, :width]
+    held[1] = 0
+    accepted = int32(1, 1, width, 1)
+    offsets = int32(0, width, 2 * width, 3 * width, 3 * width)
+    start, table = rows.verify_rows(held, accepted, offsets, 0, padding)
+    assert start.tolist() == [held[0, 0].item(), padding, held[2, width - 1].item(), padding]
+    assert table.tolist() == [held[0].tolist(), [0] * width, held[2].tolist(), [0] * width]
+    assert table.is_contiguous()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("value_dim", [5, 128])
+def test_zero_padding(tokens, value_dim):
+    batch, heads = 3, 2
+    held = torch.full((batch * tokens, heads + 1, value_dim + 4), float("nan"))
+    out = held[:, :heads, :value_dim]
+    named = int32(5, 99, 0, 99, 1, 99)[::2]
+    rows.zero_padding(out, named, 0, tokens)
+    zeroed = torch.zeros_like(held, dtype=torch.bool)
+    zeroed[tokens : 2 * tokens, :heads, :value_dim] = True
+    assert torch.equal(held == 0, zeroed) and torch.equal(held.isnan(), ~zeroed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_zero_fresh(dtype):
+    """Only rows of sequences that start fresh, have tokens and are not padding; the gap between rows is not touched."""
+    shape, gap = (6, 3, 40, 48), 16
+    row = shape[1] * shape[2] * shape[3]
+    held = torch.full((shape[0] * (row + gap),), float("nan"), dtype=dtype)
+    state = held.as_strided(shape, (row + gap, shape[2] * shape[3], shape[3], 1))
+    #                 fresh, has a state, padding, empty, fresh
+    named = int32(2, 3, 0, 4, 5)
+    has = torch.tensor([[False], [True], [False], [False], [False]])[:, 0]
+    rows.zero_fresh(state, named, has, int32(0, 1, 2, 3, 3, 9), 0)
+    zeroed = torch.zeros(shape[0], row + gap, dtype=torch.bool)
+    zeroed[[2, 5], :row] = True
+    found = held.view(shape[0], row + gap)
+    assert torch.equal(found == 0, zeroed) and torch.equal(found.isnan(), ~zeroed)
