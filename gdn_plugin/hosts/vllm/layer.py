@@ -1,0 +1,311 @@
+"""The layer that vLLM builds in place of its `QwenGatedDeltaNetAttention`.
+
+It keeps the host's weights, loaders, projections, norm and cache specs, and replaces the core between the projections.
+The host's opaque ops `vllm::qwen_gdn_attention_core` and `..._fused_norm_packed` stay where graphs are split; they look
+the layer up by name and call `_forward_core` or `_forward_core_fused_norm_packed`, which are ours here.
+
+Importing this module imports the host's layer, which on a GPU machine initialises CUDA; `gdn_plugin.plugin` does so
+only once the host itself has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn import QwenGatedDeltaNetAttention
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import _encode_layer_name
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
+
+from gdn_plugin import __version__, selfcheck, settings
+from gdn_plugin.hosts.vllm import cpu_copies
+from gdn_plugin.hosts.vllm.core import Core, GatedNorm, Parameters, Shape
+from gdn_plugin.hosts.vllm.metadata import CHECKPOINT_ALIGNMENT, Batch, batch_of
+from gdn_plugin.hosts.vllm.warm_up import pool_rows, warm_up
+from gdn_plugin.registry import Selection, probe
+
+# Below vLLM's own logger, so that its handlers and its level apply.
+_log = logging.getLogger("vllm.gdn_plugin")
+
+
+class GdnPluginAttention(QwenGatedDeltaNetAttention):
+    """Gated Delta Net attention on gdn_plugin's ops.
+
+    Backends are resolved once, here, for the layer's share of heads on this rank. A layer that the ops cannot serve
+    (another activation, another platform) is left to the host's own code, with one line that says why.
+
+    Raises:
+        SettingsError: a GDN_PLUGIN_* variable or additional_config["gdn_plugin"] is wrong. This stops the engine.
+        NoBackendError, SelfCheckError: a backend asked for by name cannot run here, or gave wrong numbers.
+    """
+
+    def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str = "", *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, vllm_config, prefix, *args, **kwargs)
+        self._gdn_core: Core | None = None
+        self._gdn_warm = False
+        self._gdn_packed = False
+        self._gdn_checkpoint_grid: int | None = None
+        wanted = _requests(vllm_config)
+        reason = self._left_to_host()
+        if reason is not None:
+            _log_once(logging.WARNING, f"gdn_plugin: GDN layers are left to vLLM: {reason}")
+            return
+        align = vllm_config.cache_config.mamba_cache_mode == "align"
+        shape = Shape(
+            dtype=_name(vllm_config.model_config.dtype),
+            state_dtype=_name(self.get_state_dtype()[1]),
+            num_k_heads=self.num_k_heads // self.tp_size,
+            num_v_heads=self.num_v_heads // self.tp_size,
+            head_k_dim=self.head_k_dim,
+            head_v_dim=self.head_v_dim,
+            conv_width=self.conv_kernel_size,
+            spec_tokens=self.num_spec + 1 if self.num_spec else 0,
+            checkpoints=align,
+        )
+        self._gdn_core = Core(shape, _resolve(shape, tuple(wanted.items()), current_platform.device_type))
+        # The flat layout leaves q, k, v and z side by side: one op takes the projections as they are, and a decode
+        # step is one launch with its norm. Interleaved heads must be sorted first, in the compiled graph.
+        self._gdn_packed = not self.gqa_interleaved_layout and self._norm_is_ours()
+        self._forward_method = self._forward_plugin
+        _mark_compiled_models(vllm_config)
+        if align:
+            self._gdn_checkpoint_grid = CHECKPOINT_ALIGNMENT
+            self._checkpoint_alignment = CHECKPOINT_ALIGNMENT  # read by vLLM 0.33's own get_kv_cache_spec
+            if self.num_spec and current_platform.is_cpu():
+                for kernel in cpu_copies.fill_gap():
+                    _log_once(logging.INFO, f"gdn_plugin: {kernel} runs without Triton")
+
+    def _left_to_host(self) -> str | None:
+        """Why the ops cannot serve this layer; None where they can."""
+        if current_platform.device_type not in ("cpu", "cuda") or current_platform.is_rocm():
+            return f"the plugin serves cpu and cuda, this platform is {current_platform.device_name}"
+        if self.activation not in ("silu", "swish"):
+            return f"the convolution's activation is {self.activation!r}, the ops have silu"
+        if not hasattr(self, "in_proj_qkvz") or not hasattr(self, "in_proj_ba"):
+            return "its projections are split in a way the plugin does not know"
+        return None
+
+    def _norm_is_ours(self) -> bool:
+        """Whether the ops' gated RMSNorm is this layer's."""
+        norm = self.norm
+        return (
+            norm.activation in ("silu", "swish", "sigmoid")
+            and norm.norm_before_gate
+            and norm.group_size is None
+            and norm.bias is None
+        )
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """The host's spec; in "align" mode it says that prefill writes the state to be cached in one pass.
+
+        The scheduler then need not split a prompt at its last cacheable block.
+        """
+        spec = super().get_kv_cache_spec(vllm_config)
+        if self._gdn_checkpoint_grid is None or not isinstance(spec, MambaSpec):
+            return spec
+        if spec.num_prefill_checkpoint_blocks:  # vLLM 0.33 has done it
+            return spec
+        if hasattr(super(), "get_prefill_checkpoint_alignment"):  # 0.33 has decided that some layer cannot
+            return spec
+        # All offsets on the grid of cacheable blocks: prefill emits one state a block, not one every 64 tokens.
+        grid = vllm_config.cache_config.prefix_match_unit or spec.block_size
+        return replace(
+            spec,
+            num_prefill_checkpoint_blocks=1,
+            prefill_checkpoint_alignment=math.lcm(grid, self._gdn_checkpoint_grid),
+        )
+
+    def get_prefill_checkpoint_alignment(self) -> int | None:
+        """Asked by vLLM 0.33; see `get_kv_cache_spec`."""
+        return self._gdn_checkpoint_grid
+
+    def _forward_plugin(self, hidden_states: Tensor) -> Tensor:
+        """Projections, the opaque core, output projection: the same path on CPU and GPU."""
+        num_tokens = hidden_states.size(0)
+        mixed_qkvz, _ = self.in_proj_qkvz(hidden_states)
+        ba, _ = self.in_proj_ba(hidden_states)
+        # Zeroed, not empty: rows of padding tokens are never written.
+        core_attn_out = torch.zeros(
+            (num_tokens, self.num_v_heads // self.tp_size, self.head_v_dim),
+            dtype=hidden_states.dtype,
+            device=hidden_states.device,
+        )
+        if self._gdn_packed:
+            torch.ops.vllm.qwen_gdn_attention_core_fused_norm_packed(
+                mixed_qkvz, ba, core_attn_out, layer_name=_encode_layer_name(self.prefix)
+            )
+            output, _ = self.out_proj(core_attn_out.flatten(-2))
+            return output
+        mixed_qkv, z, b, a = self._split_projections(mixed_qkvz, ba)
+        torch.ops.vllm.qwen_gdn_attention_core(
+            mixed_qkv, b.contiguous(), a.contiguous(), core_attn_out, layer_name=_encode_layer_name(self.prefix)
+        )
+        return self._output_projection(core_attn_out, z)
+
+    def _split_projections(self, mixed_qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.gqa_interleaved_layout:
+            query, key, value, z, b, a = self.fix_query_key_value_ordering(mixed_qkvz, ba)
+            return torch.cat([x.flatten(1) for x in (query, key, value)], dim=-1), z, b, a
+        mixed_qkv, z = mixed_qkvz.split([self._qkv_size(), self.value_dim // self.tp_size], dim=-1)
+        b, a = self.split_ba(ba)
+        return mixed_qkv, z.unflatten(-1, (-1, self.head_v_dim)), b, a
+
+    def _qkv_size(self) -> int:
+        return (2 * self.key_dim + self.value_dim) // self.tp_size
+
+    def _forward_core(self, mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor) -> None:
+        """Called by the opaque op: conv, gates and recurrence of one step into `core_attn_out` [T, Hv, V]."""
+        if self._gdn_core is None:
+            return super()._forward_core(mixed_qkv, b, a, core_attn_out)
+        metadata = self._metadata()
+        if metadata is None:
+            self._warmup_prefill_kernels(mixed_qkv, 0)
+            return None
+        batch = batch_of(metadata, self.conv_kernel_size - 1)
+        self._gdn_core.run(batch, mixed_qkv, a, b, self._gdn_parameters(self.kv_cache), core_attn_out)
+        return None
+
+    def _forward_core_fused_norm_packed(self, mixed_qkvz: Tensor, ba: Tensor, core_attn_out: Tensor) -> None:
+        """Called by the opaque op of the flat layout: as `_forward_core`, with the gated norm behind it."""
+        if self._gdn_core is None:
+            return super()._forward_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out)
+        metadata = self._metadata()
+        if metadata is None:
+            self._warmup_prefill_kernels(mixed_qkvz, self.value_dim // self.tp_size)
+            return None
+        mixed_qkv, z, b, a = self._split_projections(mixed_qkvz, ba)
+        batch = batch_of(metadata, self.conv_kernel_size - 1)
+        parameters = self._gdn_parameters(self.kv_cache)
+        self._gdn_core.run(batch, mixed_qkv, a, b, parameters, core_attn_out, self._gated_norm(z))
+        return None
+
+    def _metadata(self) -> Any | None:
+        """This step's metadata for the layer; None in the profile run and in idle steps."""
+        of_layers = get_forward_context().attn_metadata
+        return of_layers.get(self.prefix) if isinstance(of_layers, dict) else None
+
+    def _gdn_parameters(self, pools: Sequence[Tensor]) -> Parameters:
+        conv_pool, state = pools
+        # On some CPUs the host repacks conv1d.weight for its own kernel at load and keeps the original beside it.
+        weight = getattr(self.conv1d, "_cpu_unpacked_conv_weight", None)
+        if weight is None:
+            weight = self.conv1d.weight
+            weight = weight.view(weight.size(0), weight.size(-1))
+        return Parameters(
+            conv_weight=weight,
+            conv_bias=self.conv1d.bias,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            conv_state=conv_pool if is_conv_state_dim_first() else conv_pool.transpose(-1, -2),
+            state=state,
+        )
+
+    def _gated_norm(self, z: Tensor) -> GatedNorm:
+        return GatedNorm(
+            z=z,
+            weight=self.norm.weight,
+            eps=self.norm.eps,
+            gate="sigmoid" if self.norm.activation == "sigmoid" else "silu",
+            apply=self._apply_norm,
+        )
+
+    def _apply_norm(self, x: Tensor, z: Tensor) -> None:
+        if x.is_cuda:
+            self._rms_norm_gated_cuda(x, z, x)
+        else:
+            x.copy_(self.norm.forward_native(x, z))
+
+    def _warmup_prefill_kernels(self, qkv_or_qkvz: Tensor, v_dim: int) -> None:
+        """Compile every kernel that serving can reach, in the profile run: before the caches and before capture."""
+        if self._gdn_core is None:
+            return super()._warmup_prefill_kernels(qkv_or_qkvz, v_dim)
+        if self._gdn_warm:
+            return None
+        self._gdn_warm = True
+        core, device, dtype = self._gdn_core, qkv_or_qkvz.device, qkv_or_qkvz.dtype
+        parameters = self._gdn_parameters(self._spare_pools(pool_rows(core), device))
+        heads = core.shape.num_v_heads
+
+        def run(batch: Batch) -> None:
+            qkvz = torch.zeros(batch.num_tokens, qkv_or_qkvz.size(-1), dtype=dtype, device=device)
+            ab = torch.zeros(batch.num_tokens, heads, dtype=dtype, device=device)
+            out = torch.zeros(batch.num_tokens, heads, self.head_v_dim, dtype=dtype, device=device)
+            norm = None
+            if self._gdn_packed:
+                norm = self._gated_norm(qkvz[:, self._qkv_size() :].unflatten(-1, (heads, self.head_v_dim)))
+            core.run(batch, qkvz[:, : self._qkv_size()], ab, ab, parameters, out, norm)
+
+        warm_up(core, device, self._gdn_packed, run)
+        return None
+
+    def _spare_pools(self, rows: int, device: torch.device) -> list[Tensor]:
+        """Pools as the host binds them, several states to a page, of a few rows and for the warm-up alone."""
+        pairs = list(zip(self.get_state_shape(), self.get_state_dtype(), strict=True))
+        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in pairs]
+        page = (sum(sizes) // 4096 + 2) * 4096
+        pages = torch.zeros(rows, page, dtype=torch.int8, device=device)
+        pools, start = [], 0
+        for (shape, dtype), size in zip(pairs, sizes, strict=True):
+            pools.append(pages[:, start : start + size].view(dtype).view(-1, *shape))
+            start += size
+        return pools
+
+
+def _requests(vllm_config: VllmConfig) -> dict[str, str]:
+    """The request for each phase, every setting checked."""
+    additional = vllm_config.additional_config
+    additional = additional if isinstance(additional, dict) else {}
+    host = additional.get("gdn_prefill_backend")
+    return {phase: request.value for phase, request in settings.validate(additional, host).items()}
+
+
+def _mark_compiled_models(vllm_config: VllmConfig) -> None:
+    """Keep compiled models of this layer apart from those of the host's own.
+
+    vLLM keys its cache of compiled models by its configuration and its own classes; a replaced layer shows in neither,
+    and a graph compiled without the plugin would be loaded with it, and go around it.
+    """
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config["gdn_plugin_attached"] = __version__
+
+
+@functools.cache
+def _resolve(shape: Shape, requests: tuple[tuple[str, str], ...], device_type: str) -> Selection:
+    """Backends for a layer's share, self-checked; one log line a distinct choice."""
+    with _plain_torch():
+        selection = selfcheck.resolve(probe(device_type), shape.problems(), dict(requests))
+    for line in selection.describe():
+        _log_once(logging.INFO, f"gdn_plugin: {line}")
+    return selection
+
+
+@contextlib.contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Torch's own defaults: the host builds models under a default dtype and a default device."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@functools.cache
+def _log_once(level: int, line: str) -> None:
+    _log.log(level, line)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

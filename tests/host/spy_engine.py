@@ -1,0 +1,58 @@
+"""`run_engine` with a witness inside: also reports which ops ran, on what kinds of batches, and kernels compiled late.
+
+Run as a script in place of examples/run_engine.py; the engine core must be in this process.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import run_engine
+
+
+def main() -> None:
+    import os
+
+    for key, value in run_engine.ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    from gdn_plugin import ops
+    from gdn_plugin.hosts.vllm import core, layer
+
+    job_file, result_file = sys.argv[1:]
+    seen: collections.Counter[str] = collections.Counter()
+    compiled: list[int] = []
+    run = core.Core.run
+    metadata_of = layer.GdnPluginAttention._metadata
+
+    def watched(self: Any, batch: Any, *args: Any) -> None:
+        if serving["now"]:
+            kinds = [kind for kind in ("decode", "prefill", "spec") if getattr(batch, kind) is not None]
+            seen["+".join(kinds) or "nothing"] += 1
+            if batch.prefill is not None and batch.prefill.checkpoints is not None:
+                seen["checkpoints"] += 1
+        run(self, batch, *args)
+        if serving["now"]:
+            compiled.append(ops.compile_count())
+
+    def noticed(self: Any) -> Any:
+        metadata = metadata_of(self)
+        serving["now"] = metadata is not None
+        return metadata
+
+    serving = {"now": False}
+    core.Core.run = watched  # type: ignore[method-assign]
+    layer.GdnPluginAttention._metadata = noticed  # type: ignore[method-assign]
+    result = run_engine.run_job(json.loads(Path(job_file).read_text()))
+    result["seen"] = dict(seen)
+    result["compiled_while_serving"] = compiled[-1] - compiled[0] if compiled else 0
+    Path(result_file).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

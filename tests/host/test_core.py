@@ -1,0 +1,202 @@
+"""The layer's core over many steps, against one pass of the recurrence over each request's whole stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_plugin import ops
+from gdn_plugin.hosts.vllm.core import Core, GatedNorm, Parameters, Shape
+from gdn_plugin.hosts.vllm.metadata import batch_of
+from gdn_plugin.registry import probe, select
+from tests.host.steps import Request, Row, Step, build_inputs, build_metadata
+from tests.support.checks import assert_close, bits
+from tests.tolerances import tolerance
+
+HK, HV, K, V, W = 2, 4, 64, 64, 4
+DIM = 2 * HK * K + HV * V
+ROWS = 24
+SPEC = 4  # tokens of a speculative row
+CLOSE = tolerance("prefill", torch.float32, torch.float32)
+
+BACKENDS = ["reference", "torch", "cpu"]
+
+
+@dataclass
+class World:
+    """Pools full of NaN (recycled rows hold anything), weights, requests and what the recurrence says of each."""
+
+    core: Core
+    parameters: Parameters
+    norm_weight: Tensor
+    generator: torch.Generator
+    pages: Tensor
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def request(self, rows: list[int], length: int) -> Request:
+        return Request(rows, self.randn(length, DIM), self.randn(length, HV), self.randn(length, HV))
+
+    def truth(self, request: Request) -> tuple[Tensor, Tensor, Tensor]:
+        """(out, state, last W-1 inputs) after `request.done` tokens, from the reference in one go."""
+        return self.truth_of(request, request.done)
+
+    def truth_of(self, request: Request, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        p = self.parameters
+        state = torch.zeros(2, HV, V, K)
+        conv = torch.zeros(2, DIM, W - 1)
+        index, starts = torch.tensor([1], dtype=torch.int32), torch.tensor([0, length], dtype=torch.int32)
+        fresh = torch.tensor([False])
+        q, k, v, g, beta = ops.conv_prologue(
+            request.x[:length], p.conv_weight, None, conv, index, starts, fresh, request.a[:length], request.b[:length],
+            p.A_log, p.dt_bias, num_k_heads=HK, head_k_dim=K, head_v_dim=V, backend="reference",
+        )  # fmt: skip
+        out = ops.prefill(
+            q, k, v, g, beta, state, index, starts, has_initial_state=fresh, use_qk_l2norm=False, backend="reference"
+        )
+        return out, state[1], conv[1]
+
+    def step(self, step: Step, norm: bool = False) -> None:
+        """Run a step, check what it gave for right tokens, and advance the requests."""
+        x, a, b, places = build_inputs(step, self.generator)
+        metadata = build_metadata(step, SPEC)
+        padded = x.shape[0]
+        wide = torch.cat([x, self.randn(padded, HV * V)], 1)  # mixed_qkv is a slice of the projection
+        z = wide[:, DIM:].unflatten(1, (HV, V))
+        out = torch.full((padded, HV, V), float("nan"))
+        gated = GatedNorm(z, self.norm_weight, 1e-6, "silu", self.apply_norm) if norm else None
+        self.core.run(batch_of(metadata, W - 1), wide[:, :DIM], a, b, self.parameters, out, gated)
+        for row, place in places:
+            request, start = row.request, row.request.done
+            want = self.truth_of(request, start + row.count)[0][start:]
+            if norm:
+                want = self.normalised(want, z[place])
+            assert_close("out", out[place], want, CLOSE)
+            request.done += row.count
+            request.accepted = row.count if row.drafts is not None else 1
+        for row, _ in places:
+            self.check_state(row)
+
+    def check_state(self, row: Row) -> None:
+        """The state, and the conv history, where the request's next step will look for them."""
+        request = row.request
+        _, state, history = self.truth(request)
+        last = request.accepted - 1
+        assert_close("state", self.parameters.state[request.rows[last]], state, CLOSE)
+        window = self.parameters.conv_state[request.rows[0], :, last : last + W - 1]
+        assert torch.equal(window, history)
+
+    def apply_norm(self, x: Tensor, z: Tensor) -> None:
+        x.copy_(self.normalised(x, z))
+
+    def normalised(self, x: Tensor, z: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.norm_weight
+        return y * torch.nn.functional.silu(z)
+
+
+@pytest.fixture(params=BACKENDS)
+def world(request: pytest.FixtureRequest) -> World:
+    generator = torch.Generator().manual_seed(7)
+    shape = Shape("float32", "float32", HK, HV, K, V, W, spec_tokens=SPEC, checkpoints=True)
+    problems = shape.problems()
+    if request.param == "cpu":
+        pytest.importorskip("gdn_plugin.ops.cpu.prefill", reason="the cpu backend is not in this build")
+    selection = select(probe("cpu"), problems, dict.fromkeys(("prefill", "decode", "verify"), request.param))
+    width = W - 1 + SPEC - 1
+    conv_size, state_size = DIM * width, HV * V * K
+    pages = torch.full((ROWS, conv_size + state_size + 96), float("nan"))
+    parameters = Parameters(
+        conv_weight=torch.randn(DIM, W, generator=generator) * 0.5,
+        conv_bias=None,
+        A_log=torch.randn(HV, generator=generator) * 0.5,
+        dt_bias=torch.randn(HV, generator=generator),
+        conv_state=pages[:, :conv_size].unflatten(1, (width, DIM)).transpose(1, 2),
+        state=pages[:, conv_size : conv_size + state_size].unflatten(1, (HV, V, K)),
+    )
+    norm_weight = 1 + 0.1 * torch.randn(V, generator=generator)
+    return World(Core(shape, selection), parameters, norm_weight, generator, pages)
+
+
+def test_prefill_then_decode(world: World) -> None:
+    first, second = world.request([3], 90), world.request([5], 40)
+    world.step(Step([Row(first, 65), Row(second, 1)]))
+    world.step(Step([Row(first, 1), Row(second, 1)]))
+    world.step(Step([Row(first, 1), Row(second, 1)]))
+
+
+def test_a_prompt_in_chunks_beside_decodes(world: World) -> None:
+    old, new = world.request([2], 30), world.request([7], 200)
+    world.step(Step([Row(old, 9)]))
+    for count in (64, 3, 70, 1, 20):
+        world.step(Step([Row(old, 1), Row(new, count)]))
+
+
+def test_a_recycled_row_starts_from_nothing(world: World) -> None:
+    world.step(Step([Row(world.request([4], 40), 33)]))
+    world.step(Step([Row(world.request([4], 40), 2)]))  # the same row, a new request, shorter than the convolution
+
+
+def test_the_norm_goes_with_every_part(world: World) -> None:
+    one, two, three = (world.request([row], 120) for row in (1, 2, 3))
+    world.step(Step([Row(one, 7), Row(two, 66)]), norm=True)
+    world.step(Step([Row(one, 1), Row(two, 1), Row(three, 70)]), norm=True)
+    world.step(Step([Row(one, 1), Row(two, 1), Row(three, 1)]), norm=True)
+
+
+def test_padding_rows_touch_nothing(world: World) -> None:
+    one, two = world.request([6], 30), world.request([8], 30)
+    world.step(Step([Row(one, 5), Row(two, 6)]))
+    used = torch.zeros(ROWS, dtype=torch.bool)
+    used[[6, 8]] = True
+    before = world.pages[~used].clone()
+    world.step(Step([Row(one, 1), Row(two, 1)], pad_requests=3, pad_tokens=3))
+    assert torch.equal(bits(world.pages[~used]), bits(before))
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["core", "norm"])
+def test_ragged_acceptance_and_rollback(world: World, norm: bool) -> None:
+    one, two = world.request([1, 2, 3, 4], 60), world.request([5, 6, 7, 8], 60)
+    world.step(Step([Row(one, 10), Row(two, 3)]), norm)
+    # right tokens and wrong drafts of each: all wrong, some right, all right, no drafts at all
+    for first, second in (((1, 3), (2, 2)), ((4, 0), (1, 0)), ((2, 1), (3, 1)), ((1, 0), (4, 0)), ((1, 3), (1, 3))):
+        world.step(Step([Row(one, *first), Row(two, *second)]), norm)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["core", "norm"])
+def test_speculative_rows_beside_prefills(world: World, norm: bool) -> None:
+    one, two = world.request([1, 2, 3, 4], 60), world.request([5, 6, 7, 8], 60)
+    late, later = world.request([9, 10, 11, 12], 90), world.request([13, 14, 15, 16], 20)
+    world.step(Step([Row(one, 5), Row(two, 8)]), norm)
+    world.step(Step([Row(one, 2, 2), Row(late, 65), Row(two, 1, 3)]), norm)
+    world.step(Step([Row(one, 1, 1), Row(late, 5), Row(two, 4, 0), Row(later, 1)]), norm)
+    world.step(Step([Row(one, 1, 0), Row(late, 1, 3), Row(two, 1, 0), Row(later, 2, 1)]), norm)
+
+
+def test_speculative_padding(world: World) -> None:
+    one = world.request([1, 2, 3, 4], 60)
+    world.step(Step([Row(one, 5)]))
+    before = world.pages[5:].clone()
+    world.step(Step([Row(one, 3, 1)], pad_requests=2))
+    assert torch.equal(bits(world.pages[5:]), bits(before))
+    assert torch.isnan(world.pages[0]).all()
+
+
+@pytest.mark.parametrize("beside", ["alone", "decodes", "speculative"])
+def test_checkpoints_are_what_a_shorter_prompt_leaves(world: World, beside: str) -> None:
+    old = world.request([1, 2, 3, 4], 40)
+    world.step(Step([Row(old, 6)]))
+    plain, kept, deep = world.request([10], 40), world.request([11], 200), world.request([12], 300)
+    rows = [Row(plain, 31), Row(kept, 150, checkpoint=(64, 20)), Row(deep, 260, checkpoint=(192, 21))]
+    before = {"alone": [], "decodes": [Row(old, 1)], "speculative": [Row(old, 2, 1)]}[beside]
+    world.step(Step(before + rows))
+    for request, length, row in ((kept, 64, 20), (deep, 192, 21)):
+        _, state, history = world.truth_of(request, length)
+        assert_close("checkpoint", world.parameters.state[row], state, CLOSE)
+        assert torch.equal(world.parameters.conv_state[row, :, : W - 1], history)
+    # and a request that finds the checkpoint goes on from it
+    again = Request([20], kept.x, kept.a, kept.b, done=64)
+    world.step(Step([Row(again, 50)]))

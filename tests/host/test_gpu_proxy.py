@@ -1,0 +1,142 @@
+"""The GPU's path on a machine without one: fake tensors, a simulated platform, launches counted.
+
+Fake tensors have no values, so whatever would wait for the device (item, tolist, nonzero) raises, and a copy to
+another device or dtype is an op that the lists below do not have. A torch without CUDA computes on no CUDA tensors, so
+they stand on the CPU; the backends are chosen for the simulated platform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gdn_plugin.hosts.vllm.core import Core, GatedNorm, Parameters, Shape
+from gdn_plugin.hosts.vllm.metadata import batch_of
+from gdn_plugin.ops import dispatch
+from gdn_plugin.registry import Platform, select
+from tests.host.steps import Request, Row, Step, build_metadata
+
+HK, HV, K, V, W, SPEC, ROWS = 4, 8, 128, 128, 4, 3, 64
+DIM = 2 * HK * K + HV * V
+PACKAGES = {
+    "triton": "3.6.0",
+    "flashinfer-python": "0.7.2.post1",
+    "nvidia-cutlass-dsl": "4.8.0",
+    "nvidia-cutlass-dsl-libs-cu13": "4.8.0",
+}
+
+
+class Launches(TorchDispatchMode):
+    """Names of the ops that would launch something; views and bare allocations launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        launches_nothing = func.is_view or name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "prim::"))
+        if not launches_nothing:
+            self.names.append(name.removeprefix("gdn::").removesuffix("_out"))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["sm_90", "sm_100", "sm_120"])
+def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
+    found = Platform.simulated(request.param, cuda="13.0", packages=PACKAGES)
+    monkeypatch.setattr(dispatch, "probe", lambda device=None: found)
+    dispatch.forget()
+    yield found
+    dispatch.forget()
+
+
+def request(row: int, done: int) -> Request:
+    nothing = torch.empty(0, 1)
+    return Request([row + i for i in range(SPEC)], nothing, nothing, nothing, done=done)
+
+
+DECODE = Step([Row(request(1, 9), 1), Row(request(4, 2), 1)])
+PREFILL = Step([Row(request(1, 0), 70), Row(request(4, 64), 17)])
+MIXED = Step([Row(request(1, 9), 1), Row(request(4, 2), 1), Row(request(7, 0), 100)])
+SPECULATIVE = Step([Row(request(1, 9), 2, 1), Row(request(4, 2), 1, 0)])
+
+
+def launches(platform: Platform, step: Step, requests: dict[str, str] | None = None, norm: bool = False) -> list[str]:
+    """What one layer launches for a step whose metadata another layer has translated."""
+    shape = Shape("bfloat16", "float32", HK, HV, K, V, W, spec_tokens=SPEC, checkpoints=True)
+    core = Core(shape, select(platform, shape.problems(), requests))
+    metadata = build_metadata(step, SPEC)
+    if metadata.nums_dict is not None:  # stays on the CPU in the host too
+        metadata.nums_dict = {8: {"nums": metadata.nums_dict[8]["nums"].numpy()}}
+    tokens = metadata.num_actual_tokens
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+
+        def put(x: Any) -> Any:
+            return fake.from_tensor(x) if isinstance(x, Tensor) else x
+
+        for holder in (metadata, metadata.checkpoint):
+            for name, value in list(vars(holder).items()) if holder is not None else ():
+                setattr(holder, name, put(value))
+        width = W - 1 + SPEC - 1
+        pages = torch.empty(ROWS, DIM * width + 2 * HV * V * K + 512, dtype=torch.bfloat16)
+        state = pages[:, DIM * width : DIM * width + 2 * HV * V * K].view(torch.float32).unflatten(1, (HV, V, K))
+        parameters = Parameters(
+            conv_weight=torch.empty(DIM, W, dtype=torch.bfloat16),
+            conv_bias=None,
+            A_log=torch.empty(HV),
+            dt_bias=torch.empty(HV, dtype=torch.bfloat16),
+            conv_state=pages[:, : DIM * width].unflatten(1, (width, DIM)).transpose(1, 2),
+            state=state,
+        )
+        qkvz = torch.empty(tokens, DIM + HV * V, dtype=torch.bfloat16)
+        ba = torch.empty(tokens, 2 * HV, dtype=torch.bfloat16)
+        out = torch.empty(tokens, HV, V, dtype=torch.bfloat16)
+        gated = None
+        if norm:
+            weight = torch.empty(V, dtype=torch.bfloat16)
+            z = qkvz[:, DIM:].unflatten(1, (HV, V))
+            gated = GatedNorm(z, weight, 1e-6, "silu", lambda x, z: None)
+        batch = batch_of(metadata, W - 1)
+        with Launches() as counted:
+            core.run(batch, qkvz[:, :DIM], ba[:, HV:], ba[:, :HV], parameters, out, gated)
+    return counted.names
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["core", "norm"])
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (DECODE, ["fused_decode"]),
+        (PREFILL, ["conv_prologue", "prefill"]),
+        (MIXED, ["fused_decode", "conv_prologue", "prefill"]),
+        (SPECULATIVE, ["conv_prologue", "verify"]),
+    ],
+    ids=["decode", "prefill", "mixed", "speculative"],
+)
+def test_launches_of_a_layer(platform: Platform, step: Step, expected: list[str], norm: bool) -> None:
+    assert launches(platform, step, norm=norm) == expected
+
+
+@pytest.mark.parametrize("prefill", ["triton", "flashinfer"])
+def test_a_named_prefill_is_two_launches_too(platform: Platform, prefill: str) -> None:
+    assert launches(platform, PREFILL, {"prefill": prefill}) == ["conv_prologue", "prefill"]
+
+
+def test_speculative_rows_beside_prefills_only_add_gathers(platform: Platform) -> None:
+    step = Step([Row(request(1, 9), 2, 1), Row(request(4, 0), 70), Row(request(7, 3), 1, 0)])
+    names = launches(platform, step)
+    assert [name for name in names if ":" not in name] == ["conv_prologue", "verify", "conv_prologue", "prefill"]
+    others = {name for name in names if ":" in name}
+    assert others <= {"aten::index_select", "aten::zeros_like", "aten::index_copy_"}, others
+
+
+def test_checkpoints_cost_no_second_pass(platform: Platform) -> None:
+    step = Step([Row(request(1, 0), 200, checkpoint=(128, 20)), Row(request(4, 0), 9)])
+    names = launches(platform, step)
+    assert [name for name in names if ":" not in name] == ["conv_prologue", "prefill"]

@@ -1,0 +1,242 @@
+"""The layer as vLLM builds it, in both layouts, against transformers' module with the same weights. No engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gdn_plugin.hosts.vllm import compat
+from tests.host.steps import Request, Row, Step, build_metadata
+from tests.support.checks import assert_close
+from tests.tolerances import tolerance
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(compat.installed_root() is None, reason="vLLM is not installed"),
+]
+
+SIZES = {
+    "hidden_size": 96,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "rms_norm_eps": 1e-6,
+    "num_hidden_layers": 4,
+}
+PREFIX = "model.layers.{}.linear_attn"
+CLOSE = tolerance("prefill", torch.float32, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    from tiny_model import write_tiny_qwen3_next
+
+    checkpoint = write_tiny_qwen3_next(tmp_path_factory.mktemp("model") / "tiny")
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(
+        model=str(checkpoint), dtype="float32", enforce_eager=True, max_model_len=512, enable_prefix_caching=False
+    ).create_engine_config()
+    rendezvous = f"file://{tmp_path_factory.mktemp('dist') / 'init'}"
+    with set_current_vllm_config(config):
+        parallel_state.init_distributed_environment(1, 0, rendezvous, 0, "gloo")
+        parallel_state.ensure_model_parallel_initialized(1, 1)
+        yield config
+        parallel_state.destroy_model_parallel()
+        parallel_state.destroy_distributed_environment()
+
+
+def transformers_module(interleaved: bool) -> tuple[Any, torch.nn.Module]:
+    torch.manual_seed(3)
+    if interleaved:
+        from transformers.models.qwen3_next import configuration_qwen3_next, modeling_qwen3_next
+
+        config = configuration_qwen3_next.Qwen3NextConfig(**SIZES)
+        module = modeling_qwen3_next.Qwen3NextGatedDeltaNet(config, 0)
+    else:
+        from transformers.models.qwen3_5 import configuration_qwen3_5, modeling_qwen3_5
+
+        config = configuration_qwen3_5.Qwen3_5TextConfig(**SIZES)
+        module = modeling_qwen3_5.Qwen3_5GatedDeltaNet(config, 0)
+    with torch.no_grad():
+        module.dt_bias.normal_()
+        module.norm.weight.normal_(1.0, 0.1)
+        module.A_log.uniform_(-4.0, 1.0)
+    return config, module.eval()
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["interleaved", "flat"])
+def pair(request: pytest.FixtureRequest, vllm_config: Any) -> tuple[Any, torch.nn.Module]:
+    """The plugin's layer and transformers' module, same weights."""
+    from gdn_plugin.hosts.vllm.layer import GdnPluginAttention
+
+    hf_config, module = transformers_module(request.param)
+    layer = GdnPluginAttention(
+        hf_config, vllm_config, PREFIX.format(int(request.param)), gqa_interleaved_layout=request.param
+    )
+    m = module
+    if request.param:
+        qkvz, ba = m.in_proj_qkvz.weight, m.in_proj_ba.weight
+    else:
+        qkvz = torch.cat([m.in_proj_qkv.weight, m.in_proj_z.weight])
+        ba = torch.cat([m.in_proj_b.weight, m.in_proj_a.weight])
+    pairs = [
+        (layer.in_proj_qkvz.weight, qkvz),
+        (layer.in_proj_ba.weight, ba),
+        (layer.conv1d.weight, m.conv1d.weight),
+        (layer.A_log, m.A_log),
+        (layer.dt_bias, m.dt_bias),
+        (layer.norm.weight, m.norm.weight),
+        (layer.out_proj.weight, m.out_proj.weight),
+    ]
+    with torch.no_grad():
+        for mine, theirs in pairs:
+            mine.copy_(theirs)
+        for linear in (layer.in_proj_qkvz, layer.in_proj_ba, layer.out_proj):
+            linear.quant_method.process_weights_after_loading(linear)
+    layer.kv_cache = tuple(layer._spare_pools(6, torch.device("cpu")))
+    return layer, module
+
+
+@contextlib.contextmanager
+def context(vllm_config: Any, layer: Any, metadata: Any) -> Iterator[None]:
+    from vllm.forward_context import set_forward_context
+
+    with set_forward_context({layer.prefix: metadata}, vllm_config), torch.inference_mode():
+        yield
+
+
+def test_both_layouts_are_transformers(vllm_config: Any, pair: tuple[Any, Any]) -> None:
+    layer, module = pair
+    lengths = (150, 40)
+    hidden = [torch.randn(length, SIZES["hidden_size"]) for length in lengths]
+    with torch.inference_mode():
+        want = [module(x[None]) for x in hidden]
+    want = [x[0][0] if isinstance(x, tuple) else x[0] for x in want]
+    nothing = torch.empty(0, 1)
+    first, second = (Request([row], nothing, nothing, nothing) for row in (2, 4))
+    for pool in layer.kv_cache:
+        pool.fill_(float("nan"))  # recycled rows hold anything
+    for share in ((70, 1), (1, 1), (1, 1), (64, 1), (1, 20), (1, 1)):
+        rows = [Row(r, n) for r, n in zip((first, second), share, strict=True)]
+        rows.sort(key=lambda row: row.count > 1)  # the host puts decodes in front
+        inputs = [hidden[0 if r.request is first else 1][r.request.done :][: r.count] for r in rows]
+        with context(vllm_config, layer, build_metadata(Step(rows))):
+            got = layer(torch.cat(inputs)).split([row.count for row in rows])
+        for row, piece in zip(rows, got, strict=True):
+            stream = want[0 if row.request is first else 1]
+            expected = stream[row.request.done : row.request.done + row.count]
+            # elements near zero are held to the size of the stream, not of one token
+            assert_close(
+                "hidden", piece / stream.square().mean().sqrt(), expected / stream.square().mean().sqrt(), CLOSE
+            )
+            row.request.done += row.count
+
+
+def test_the_layout_decides_the_way(pair: tuple[Any, Any]) -> None:
+    """The flat layout takes the packed op, whose decode is one launch with the norm; interleaved cannot."""
+    layer, _ = pair
+    assert layer._gdn_packed is not layer.gqa_interleaved_layout
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("GDN_PLUGIN_PREFILL_BACKEND", "tritno", "did you mean 'triton'"),
+        ("GDN_PLUGIN_PREFIL_BACKEND", "triton", "GDN_PLUGIN_PREFIL_BACKEND is not a setting of gdn-plugin"),
+        ("GDN_PLUGIN_DISABLE", "perhaps", "choose one of: 0, 1"),
+        ("GDN_PLUGIN_DECODE_BACKEND", "flashinfer", "no backend can run gdn::decode as requested ('flashinfer')"),
+    ],
+    ids=["value", "name", "switch", "impossible"],
+)
+def test_a_bad_setting_stops_the_layer(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, said: str
+) -> None:
+    from gdn_plugin.hosts.vllm.layer import GdnPluginAttention
+
+    monkeypatch.setenv(variable, value)
+    prefix = f"model.layers.9.{variable}_{value}"
+    with pytest.raises((ValueError, RuntimeError), match=re.escape(said)):
+        GdnPluginAttention(transformers_module(True)[0], vllm_config, prefix, gqa_interleaved_layout=True)
+
+
+def test_a_layer_the_ops_cannot_serve_is_left_to_the_host(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gdn_plugin.hosts.vllm.layer import GdnPluginAttention
+
+    config = transformers_module(True)[0]
+    config.hidden_act = "gelu"
+    lines: list[str] = []
+    monkeypatch.setattr(
+        logging.getLogger("vllm.gdn_plugin"), "handle", lambda record: lines.append(record.getMessage())
+    )
+    layers = [GdnPluginAttention(config, vllm_config, f"model.layers.{i}.gelu") for i in (10, 11)]
+    said = [line for line in lines if "left to vLLM" in line]
+    assert len(said) == 1 and "'gelu'" in said[0]
+    assert all(layer._forward_method == layer.forward_cpu for layer in layers)
+
+
+def test_compiled_models_are_kept_apart_from_the_hosts(vllm_config: Any, pair: tuple[Any, Any]) -> None:
+    """vLLM's key for its cache of compiled models must know whether the plugin is in them."""
+    with_plugin = vllm_config.compute_hash()
+    mark = vllm_config.additional_config.pop("gdn_plugin_attached")
+    assert vllm_config.compute_hash() != with_plugin
+    vllm_config.additional_config["gdn_plugin_attached"] = mark
+
+
+def gdn_ops(run: Any) -> list[str]:
+    """Ops of namespace gdn that run() calls, those inside the host's opaque op too."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    events = sorted(profile.events(), key=lambda event: event.time_range.start)
+    names = [event.name for event in events if event.name.startswith("gdn::")]
+    return [name.removeprefix("gdn::").removesuffix("_out") for name in names]
+
+
+@pytest.mark.parametrize(
+    ("share", "ops"),
+    [
+        ((1, 1), ["fused_decode"]),
+        ((9, 30), ["conv_prologue", "prefill"]),
+        ((1, 30), ["fused_decode", "conv_prologue", "prefill"]),
+    ],
+    ids=["decode", "prefill", "mixed"],
+)
+def test_launches(vllm_config: Any, pair: tuple[Any, Any], share: tuple[int, int], ops: list[str]) -> None:
+    layer, _ = pair
+    nothing = torch.empty(0, 1)
+    rows = [Row(Request([2 + i], nothing, nothing, nothing, done=50), n) for i, n in enumerate(share)]
+    hidden = torch.randn(sum(share), SIZES["hidden_size"])
+    for pool in layer.kv_cache:
+        pool.zero_()
+
+    def run() -> None:
+        with context(vllm_config, layer, build_metadata(Step(rows))):
+            layer(hidden)
+
+    assert gdn_ops(run) == ops
+
+
+def test_idle_steps_and_the_profile_run_warm_up_once(vllm_config: Any, pair: tuple[Any, Any]) -> None:
+    from vllm.forward_context import set_forward_context
+
+    layer, _ = pair
+    layer._gdn_warm = False
+    before = [pool.clone() for pool in layer.kv_cache]
+    with set_forward_context(None, vllm_config), torch.inference_mode():
+        out = layer(torch.randn(7, SIZES["hidden_size"]))
+    assert layer._gdn_warm and torch.isfinite(out).all()
+    for pool, was in zip(layer.kv_cache, before, strict=True):
+        assert torch.equal(pool, was)  # on pools of its own
