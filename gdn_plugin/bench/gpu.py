@@ -1,0 +1,150 @@
+"""The first thing to run on a GPU: profile, benchmarks and sweeps, each within minutes, JSON and a log left behind.
+
+python -m gdn_plugin.bench.gpu --out DIR [steps ...]        (make gpu runs the GPU tests first, then this)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from gdn_plugin.bench import contenders, profile, report, run, shapes, timing, workload
+
+HEADS = ("qwen3-next", "qwen3-next-tp4", "qwen3-next-tp8")
+PREFILL_MIXES = ("1x2048", "1x8192", "1x32768", "8x1024", "32x256", "ragged")
+DECODE_MIXES = ("1", "8", "64", "256", "512")
+PREFILL = ("triton", "flashinfer", "fla", "flashinfer-as-vllm", "flashinfer-raw")
+
+
+class Job:
+    """Collects rows and writes them after every comparison, so that a run cut short loses nothing."""
+
+    def __init__(self, out: Path, seconds: float) -> None:
+        self.out, self.seconds = out, seconds
+        self.limits = timing.ceilings("cuda")
+        self.rows: list[run.Row] = []
+        self.extra: dict[str, object] = {}
+
+    def compare(self, op: str, names: tuple[str, ...], shape: str, mix: str, *, graph: bool) -> None:
+        rows = run.compare(
+            op,
+            names,
+            shapes.parse_shape(shape),
+            mix,
+            device="cuda",
+            limits=self.limits,
+            graph=graph,
+            seconds=self.seconds,
+        )
+        self.rows += rows
+        print(report.table(rows), flush=True)
+        self.save()
+        torch.cuda.empty_cache()
+
+    def save(self) -> None:
+        data = {
+            "machine": report.machine("cuda"),
+            "limits": self.limits,
+            "rows": run.as_json(self.rows),
+            **self.extra,
+        }
+        (self.out / "results.json").write_text(json.dumps(data, indent=1))
+
+
+def bench_prefill(job: Job) -> None:
+    for shape in HEADS:
+        for mix in PREFILL_MIXES:
+            job.compare("prefill", PREFILL, shape, mix, graph=False)
+
+
+def bench_prefill_graph(job: Job) -> None:
+    for mix in ("1x2048", "8x1024"):
+        job.compare("prefill", ("triton", "flashinfer"), "qwen3-next", mix, graph=True)
+
+
+def bench_decode(job: Job) -> None:
+    for mix in DECODE_MIXES:
+        for graph in (True, False) if mix in ("1", "64") else (True,):
+            job.compare("decode", ("triton", "flashinfer", "fla"), "qwen3-next", mix, graph=graph)
+            job.compare("fused_decode", ("triton",), "qwen3-next", mix, graph=graph)
+    for mix in ("1", "64", "256"):
+        job.compare("fused_decode", ("triton",), "qwen3-next-tp8", mix, graph=True)
+
+
+def bench_verify(job: Job) -> None:
+    for mix in ("1x4", "8x4", "64x4"):
+        job.compare("verify", ("triton", "flashinfer"), "qwen3-next", mix, graph=True)
+
+
+def bench_prologue(job: Job) -> None:
+    for shape in ("qwen3-next", "qwen3-next-tp8"):
+        for mix in ("1x2048", "1x8192", "8x1024", "32x256"):
+            job.compare("conv_prologue", ("triton", "torch"), shape, mix, graph=False)
+
+
+def profiles(job: Job) -> None:
+    """Launches of one layer's core: ours with conv_prologue, and what users run today from q, k, v, g, beta on."""
+    found: dict[str, object] = {}
+    layer = shapes.parse_shape("qwen3-next")
+    w = workload.make_workload(layer, (1024,) * 8, device="cuda")
+    for name in ("triton", "flashinfer"):
+        _profile(found, f"prefill 8x1024, ours with {name}", ("conv_prologue", "triton"), ("prefill", name), w=w)
+    for name in ("fla", "flashinfer-as-vllm"):
+        _profile(found, f"prefill 8x1024 from q, k, v on, {name}", ("prefill", name), w=w)
+    one = workload.make_workload(layer, (1,) * 64, device="cuda")
+    _profile(found, "decode B=64, ours", ("fused_decode", "triton"), w=one)
+    job.extra["profiles"] = found
+    job.save()
+
+
+def _profile(found: dict[str, object], title: str, *calls: tuple[str, str], w: workload.Workload) -> None:
+    """Profiles (op, contender) pairs called one after the other."""
+    try:
+        made = [contenders.maker(op, name)(w) for op, name in calls]
+        rows = profile.launches(lambda: [call() for call in made])
+    except Exception as exc:  # one contender that cannot run must not end the others' profiles
+        print(f"{title}: not run: {type(exc).__name__}: {exc}", flush=True)
+        return
+    print(profile.table(title, rows), flush=True)
+    found[title] = [{"name": row.name, "count": row.count, "us": row.us} for row in rows]
+
+
+STEPS = {
+    "profile": profiles,
+    "decode": bench_decode,
+    "verify": bench_verify,
+    "prologue": bench_prologue,
+    "prefill": bench_prefill,
+    "prefill-graph": bench_prefill_graph,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m gdn_plugin.bench.gpu", description=__doc__)
+    parser.add_argument("steps", nargs="*", metavar="step", help=f"any of {', '.join(STEPS)}; all when none is named")
+    parser.add_argument("--out", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--seconds", type=float, default=2.0, help="time for one comparison")
+    args = parser.parse_args(argv)
+    unknown = [step for step in args.steps if step not in STEPS]
+    if unknown:
+        parser.error(f"unknown step {unknown[0]!r}; choose from {', '.join(STEPS)}")
+    if not torch.cuda.is_available():
+        print("no CUDA device: nothing was run", file=sys.stderr)
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    job = Job(args.out, args.seconds)
+    print(report.machine("cuda"), job.limits, flush=True)
+    for step in args.steps or STEPS:
+        start = time.monotonic()
+        STEPS[step](job)
+        print(f"[{step}: {time.monotonic() - start:.0f} s]", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
