@@ -1,0 +1,1 @@
+"""A trained model's answers through the vLLM engine: does a backend cost accuracy?"""

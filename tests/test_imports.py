@@ -1,0 +1,149 @@
+"""Which way imports go, what importing costs, and what the package says of itself."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import gdn_plugin
+from gdn_plugin.registry.backend import in_build
+
+ROOT = Path(gdn_plugin.__file__).parent
+PYPROJECT = ROOT.parent / "pyproject.toml"
+FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
+HEAVY = ("torch", "triton", "flashinfer", "cutlass", "vllm", "transformers")
+# The entry point and doctor reach into the host's room, lazily.
+MAY_REACH_HOSTS = ("plugin.py", "cli/host.py", "cli/doctor.py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, whether it is imported with the file) of every import, relative ones resolved."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(function)
+    }
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    found = []
+    for node in ast.walk(tree):
+        at_import = id(node) not in inside and id(node) not in typing_only
+        if isinstance(node, ast.Import):
+            found += [(alias.name, at_import) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level:
+                package = ["gdn_plugin", *path.relative_to(ROOT).parent.parts]
+                module = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            else:
+                module = node.module or ""
+            found += [(f"{module}.{alias.name}", at_import) for alias in node.names]
+    return found
+
+
+def within(module: str, *rooms: str) -> bool:
+    return any(module == room or module.startswith(f"{room}.") for room in rooms)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=room)
+def test_imports_run_one_way(path):
+    name = room(path)
+    for module, at_import in imports(path):
+        if name.startswith("registry/"):
+            assert not within(module, "gdn_plugin") or within(module, "gdn_plugin.registry"), module
+        if name.startswith("ops/"):
+            allowed = within(module, "gdn_plugin.ops", "gdn_plugin.registry")
+            assert allowed or not within(module, "gdn_plugin"), module
+        if not name.startswith("hosts/"):
+            assert not within(module, "vllm"), f"{module}: only hosts/vllm imports vLLM"
+            if within(module, "gdn_plugin.hosts"):
+                assert not at_import and name in MAY_REACH_HOSTS, module
+        assert not within(module, "ops", "registry"), f"{module}: the links at the top are no packages"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if room(path).startswith("registry/")], ids=room)
+def test_the_registry_reads_the_machine_in_one_module_only(path):
+    for module, at_import in imports(path):
+        if within(module, *HEAVY):
+            assert room(path) == "registry/probe.py" and not at_import, module
+
+
+def test_no_folder_has_the_name_of_a_package_that_files_beside_it_import():
+    for folder in (path for path in ROOT.rglob("*") if path.is_dir() and path.name != "__pycache__"):
+        beside = list(folder.parent.glob("*.py"))
+        for path in beside:
+            for module, _ in imports(path):
+                assert module.split(".")[0] != folder.name, f"{room(path)} imports {module} beside folder {folder.name}"
+
+
+@pytest.mark.parametrize(
+    "modules",
+    ["gdn_plugin", "gdn_plugin.registry", "gdn_plugin.settings", "gdn_plugin.plugin", "gdn_plugin.cli.doctor"],
+)
+def test_importing_is_light(modules):
+    if not in_build(f"{modules}:"):
+        pytest.fail(f"{modules} is missing")
+    code = f"import sys, {modules}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=120, check=True
+    )
+    assert shown.stdout.strip() == "[]"
+
+
+def test_doctor_on_a_simulated_machine_imports_nothing_heavy():
+    code = (
+        "import sys; from gdn_plugin.registry import *; "
+        "p = Platform.simulated('sm_100'); "
+        "print(choose(p, Problem('prefill', 'bfloat16', 'float32', 16, 32, 128, 128)).name); "
+        f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent, timeout=120, check=True
+    )
+    assert shown.stdout.split() == ["flashinfer", "[]"]
+
+
+class TestMetadata:
+    @pytest.fixture
+    def project(self):
+        return tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+
+    def test_versions_agree(self, project):
+        assert project["version"] == gdn_plugin.__version__
+
+    def test_entry_points_lead_somewhere(self, project):
+        assert project["entry-points"]["vllm.general_plugins"] == {"gdn_plugin": "gdn_plugin.plugin:register"}
+        assert project["scripts"] == {"gdn-plugin": "gdn_plugin.cli:main"}
+        for target in ("gdn_plugin.plugin:register", "gdn_plugin.cli:main"):
+            module, _, function = target.partition(":")
+            __import__(module)
+            assert callable(getattr(sys.modules[module], function))
+
+    def test_extras_are_the_ones_that_messages_name(self, project):
+        assert {"vllm", "triton", "flashinfer", "dev"} <= set(project["optional-dependencies"])
+        flashinfer = " ".join(project["optional-dependencies"]["flashinfer"])
+        assert "flashinfer-python>=0.6.14" in flashinfer
+        assert "nvidia-cutlass-dsl[cu13]>=4.4.2" in flashinfer
+
+    def test_the_installed_entry_point_is_this_one(self):
+        try:
+            importlib.metadata.version("gdn-plugin")
+        except importlib.metadata.PackageNotFoundError:
+            pytest.skip("gdn-plugin is not installed: pip install -e .")
+        points = importlib.metadata.entry_points(group="vllm.general_plugins", name="gdn_plugin")
+        assert [point.value for point in points] == ["gdn_plugin.plugin:register"]
