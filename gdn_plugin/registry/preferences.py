@@ -26,8 +26,8 @@ class Preference:
         reason: where it does not win, the sentence that auto gives.
         source: the numbers.
         max_waves: only for less work than this; None = any, unknown included.
-        min_waves: only for at least this much work.
         min_tokens_per_sequence: only for sequences at least this long on average.
+        min_value_heads: only for layers with at least this many value heads on a rank.
         feature: only where this was found.
     """
 
@@ -38,20 +38,20 @@ class Preference:
     source: str
     reason: str = ""
     max_waves: float | None = None
-    min_waves: float | None = None
     min_tokens_per_sequence: int | None = None
+    min_value_heads: int | None = None
     feature: str | None = None
 
     def matches(self, platform: Platform, problem: Problem) -> bool:
         if platform.sm not in self.sms or (self.feature is not None and not platform.has(self.feature)):
             return False
-        if self.max_waves is not None or self.min_waves is not None:
+        if self.min_value_heads is not None and problem.num_v_heads < self.min_value_heads:
+            return False
+        if self.max_waves is not None:
             if not (problem.num_sequences and platform.sm_count):
                 return False
             waves = problem.num_sequences * problem.num_v_heads / platform.sm_count
-            if self.max_waves is not None and waves >= self.max_waves:
-                return False
-            if self.min_waves is not None and waves < self.min_waves:
+            if waves >= self.max_waves:
                 return False
         if self.min_tokens_per_sequence is not None:
             if not (problem.num_sequences and problem.num_tokens):
@@ -97,29 +97,28 @@ PREFERENCES: tuple[Preference, ...] = (
         "prefill",
         sms=(90,),
         wins=True,
-        max_waves=0.5,
-        min_tokens_per_sequence=2048,
-        feature="flashinfer.prefill.use_cp",
-        source="H100, Hk=2, Hv=8: 1x2048 61 us against 86 (FLA-Triton), 1x8192 114 against 259, 1x65536 399 against "
-        "1954 (flashinfer#3866)",
+        min_value_heads=16,
+        source="this plugin on one H100 (flashinfer 0.7.2, triton 3.6, 2026-11-23), Hk=16, Hv=32, device time: 8x1024 "
+        "127 us against 276 (triton), 1x8192 249 against 430, 1x2048 112 against 111; 32x256, eager: 211 against 354",
     ),
     Preference(
         "flashinfer",
         "prefill",
         sms=(90,),
         wins=True,
-        min_waves=1.5,
-        min_tokens_per_sequence=1024,
-        source="H100, Hk=16, Hv=64: 4x2048 203 us against 1068 (FLA-Triton), 8x1024 220 against 1089 (flashinfer#3788)",
+        max_waves=0.5,
+        min_tokens_per_sequence=32768,
+        feature="flashinfer.prefill.use_cp",
+        source="H100, Hk=2, Hv=8: 1x65536 399 us against 1954 (FLA-Triton) (flashinfer#3866)",
     ),
     Preference(
         "flashinfer",
         "prefill",
         sms=(90,),
         wins=False,
-        reason="on SM 90 auto takes triton unless the batch is known to be of long sequences",
-        source="H100, Hk=2, Hv=8, no context-parallel route: 1x2048 96 us against 86 (flashinfer#3477, #3866); "
-        "not measured against this plugin's triton backend",
+        reason="on SM 90 with few value heads a call's host time is more than what its kernel saves",
+        source="this plugin on one H100 (flashinfer 0.7.2, triton 3.6, 2026-11-23), Hk=2, Hv=4, eager: 8x1024 429 us "
+        "against 228 (triton), 1x8192 430 against 294, 1x2048 426 against 290",
     ),
     Preference(
         "flashinfer",

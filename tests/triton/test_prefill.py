@@ -105,13 +105,13 @@ SEGMENTS = PrefillConfig(segment_programs=1000, segment_min_chunks=1, block_v=32
 @pytest.mark.parametrize(
     "config",
     [
-        PrefillConfig(solve_cols=32, block_v=16),
-        PrefillConfig(solve_cols=16, block_v=32),
+        PrefillConfig(solve_heads=2, block_v=16),
+        PrefillConfig(solve_warps=8, block_v=32),
         PrefillConfig(block_v=128),
         PrefillConfig(block_v=128, small_block_v=16, full_programs=1000),
         SEGMENTS,
     ],
-    ids=lambda c: f"cols{c.solve_cols}-v{c.block_v}-full{c.full_programs}-segments{c.segment_programs}",
+    ids=lambda c: f"heads{c.solve_heads}-v{c.block_v}-full{c.full_programs}-segments{c.segment_programs}",
 )
 def test_every_split_gives_the_same(config):
     case = prefill_case((65, 130), Heads(1, 2, 64, 128), use_qk_l2norm=True, checkpoint_every=64, fresh=(1,))

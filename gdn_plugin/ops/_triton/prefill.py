@@ -141,18 +141,18 @@ def prefill_with_config(
         k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
 
     dot, precision, solve_precision = dot_types(q.dtype, config)
+    heads = fit_heads(config.solve_heads, num_v_heads // num_k_heads)
     launch(
         prefill_solve_kernel,
-        (slots * num_v_heads,),
+        (slots * (num_v_heads // heads),),
         q_in, k_in, g, beta, out, state_indices, cu_seqlens, m, p, decay,
         q if use_qk_l2norm else None, k if use_qk_l2norm else None,
         q_in.stride(0), q_in.stride(1), k_in.stride(0), k_in.stride(1), g.stride(0), g.stride(1),
         beta.stride(0), beta.stride(1), out.stride(0), out.stride(1),
         state_indices.stride(0), num_tokens, num_sequences, null_index,
-        HK=num_k_heads, HV=num_v_heads, K=head_k_dim, V=head_v_dim, L2NORM=use_qk_l2norm,
+        HK=num_k_heads, HV=num_v_heads, K=head_k_dim, V=head_v_dim, HEADS=heads, L2NORM=use_qk_l2norm,
         EXP_GATE=exp_gate, ZERO_PADDING=zero_padding, DOT=dot, PRECISION=precision, SOLVE_PRECISION=solve_precision,
-        COLS=min(config.solve_cols, head_k_dim), SEARCH=SEARCH, num_warps=config.solve_warps, num_stages=1,
-        maxnreg=config.solve_registers,
+        SEARCH=SEARCH, num_warps=config.solve_warps, num_stages=config.solve_stages,
     )  # fmt: skip
     segment_chunks = choose_segment_chunks(config, num_tokens, num_sequences, num_v_heads, head_k_dim, head_v_dim,
                                            max_seqlen)  # fmt: skip
@@ -177,6 +177,13 @@ def prefill_with_config(
             HK=num_k_heads, HV=num_v_heads, K=head_k_dim, V=head_v_dim, BV=block_v, TRANSITION=transition,
             SAME_STRIDES=same_strides, DOT=dot, PRECISION=precision, SEARCH=SEARCH, num_warps=warps, num_stages=stages,
         )  # fmt: skip
+
+
+def fit_heads(heads: int, ratio: int) -> int:
+    """The largest power-of-two part of `heads` that divides the head ratio."""
+    while ratio % heads:
+        heads //= 2
+    return heads
 
 
 def state_launches(config: PrefillConfig, head_k_dim: int, head_v_dim: int) -> tuple[tuple[int, int, int], ...]:

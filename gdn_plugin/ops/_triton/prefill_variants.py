@@ -15,6 +15,7 @@ from gdn_plugin.ops._triton.prefill import (
     CHUNK,
     SEARCH,
     dot_types,
+    fit_heads,
     prefill_with_config,
     state_launches,
 )
@@ -46,14 +47,14 @@ def variants(problem: Problem, sm: int) -> Iterator[Variant]:
 
     for norm, exp_gate in ((False, False), (False, True), (True, False)):
         constexprs: dict[str, Any] = shared | {
-            "COLS": min(config.solve_cols, K), "L2NORM": norm, "EXP_GATE": exp_gate,
+            "HEADS": fit_heads(config.solve_heads, hv // hk), "L2NORM": norm, "EXP_GATE": exp_gate,
             "ZERO_PADDING": False, "SOLVE_PRECISION": solve_precision, "g_stride_h": 1, "beta_stride_h": 1,
         }  # fmt: skip
         if not norm:
             constexprs |= {"q_norm_ptr": None, "k_norm_ptr": None}
         name = f"prefill_solve {label}{' l2norm' if norm else ''}{' exp_gate' if exp_gate else ''}"
         yield make_variant(name, prefill_solve_kernel, _of(prefill_solve_kernel, types), constexprs,
-                           unaligned(prefill_solve_kernel), config.solve_warps, 1, config.solve_registers)  # fmt: skip
+                           unaligned(prefill_solve_kernel), config.solve_warps, config.solve_stages)  # fmt: skip
 
     whole, split, cut_launch = state_launches(config, K, V)
     kinds = [(whole, False)]
