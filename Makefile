@@ -45,6 +45,17 @@ format: $(READY)  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+gpu: $(READY)  ## on a CUDA machine: numbers, graphs, profile, benchmarks; JSON and a log in gpu-results
+	@mkdir -p gpu-results
+	@$(BIN)/python -m pytest tests/gpu 2>&1 | tee gpu-results/tests.log
+	@$(BIN)/python -m gdn_plugin.bench.gpu --out gpu-results 2>&1 | tee gpu-results/bench.log
+
+sanitize: $(READY)  ## the C++ kernels under address and undefined-behaviour sanitizers
+	@$(BIN)/python -m tests.cpu.sanitize
+
+accuracy: $(READY)  ## the trained model's score through the engine, stock and every backend (long)
+	@$(BIN)/gdn-plugin accuracy
+
 lock: $(READY)  ## write requirements/constraints.txt from the environment
 	@{ echo "# The versions this project was tested with ('pip install -c'). Regenerate with 'make lock'."; \
 	  $(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|vllm[-_]cpu|pip)=='; } > requirements/constraints.txt

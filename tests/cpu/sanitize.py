@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
         "CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g1",
         "LD_PRELOAD": f"{library('libasan.so')} {library('libubsan.so')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter's own
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",  # tests of threads set their own number
     }
 
 

@@ -49,6 +49,8 @@ def prefill(
     them out: `state_indices` holds no negative number, and a sequence on a row <= null_index is empty in `cu_seqlens`.
     Such rows (vLLM's null block, row 0) may be read and written with what they hold already. A padding sequence
     that has tokens would be computed, on its row, as if it were not padding.
+    Tokens past cu_seqlens[-1] have to be finite (conv_prologue writes zeros): tiles of 64 tokens are loaded whole, and
+    0 * NaN is NaN, as an H100 showed.
 
     Args:
         q, k: [T, Hk, K] bf16 or fp16, contiguous, K = 128.

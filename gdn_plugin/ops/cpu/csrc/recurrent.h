@@ -30,6 +30,9 @@ constexpr int HELD = 8;  // vectors of k, and of q, that fit into registers besi
 constexpr int HELD = 0;
 #endif
 
+// 16, 32 and 64 rows ahead took the same time within 4 % (67 MB of state, one core), 8 rows 9 % more, none 20 % more.
+constexpr int64_t ROWS_AHEAD = 16;
+
 // A vector of k or q: from registers where all NK of them are held there, else from memory.
 template <int NK>
 struct Operand {
@@ -59,6 +62,7 @@ GDN_INLINE void step_rows(void* rows, int64_t stride, int64_t vectors, const Tok
       vf s{}, t{};
 #pragma GCC unroll 8
       for (int64_t c = 0; c < n; c++) {
+        __builtin_prefetch(at(row, ROWS_AHEAD * stride + c * LANES, DT), 1);
         const vf x = load_as<DT>(at(row, c * LANES, DT));
         s += x * k[c];
         t += x * q[c];
