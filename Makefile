@@ -45,10 +45,11 @@ format: $(READY)  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-gpu: $(READY)  ## on a CUDA machine: numbers, graphs, profile, benchmarks; JSON and a log in gpu-results
+# The environment is the machine's own (a CUDA torch), so $(VENV) with its CPU torch is not used.
+gpu:  ## on a CUDA machine, with its own PYTHON: numbers, graphs, profile, benchmarks; all in gpu-results
 	@mkdir -p gpu-results
-	@$(BIN)/python -m pytest tests/gpu 2>&1 | tee gpu-results/tests.log
-	@$(BIN)/python -m gdn_plugin.bench.gpu --out gpu-results 2>&1 | tee gpu-results/bench.log
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu 2>&1 | tee gpu-results/tests.log
+	@$(PYTHON) -m gdn_plugin.bench.gpu --out gpu-results 2>&1 | tee gpu-results/bench.log
 
 sanitize: $(READY)  ## the C++ kernels under address and undefined-behaviour sanitizers
 	@$(BIN)/python -m tests.cpu.sanitize
