@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Where the CPU build of torch comes from. Empty: pip's own configuration.
 TORCH_INDEX ?=
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-quick lint format gpu accuracy sanitize lock clean help

@@ -56,6 +56,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
             "seconds": seconds,
             "generated": generated,
             "prompt_tokens": sum(map(len, prompts)),
+            "cached_tokens": sum(answer["cached_tokens"] for answer in answers),
             "tokens_per_second": (generated + sum(map(len, prompts))) / seconds,
         }
     return result

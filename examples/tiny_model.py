@@ -37,6 +37,7 @@ class TinyConfig:
     experts: int = 4
     intermediate: int = 256
     moe_intermediate: int = 64
+    moe_layers: tuple[int, ...] = (0,)
     cycle: float = 1.0
     mtp: bool = True
     seed: int = 0
@@ -90,8 +91,8 @@ def _write_config(directory: Path, c: TinyConfig) -> None:
         shared_expert_intermediate_size=c.moe_intermediate,
         num_experts=c.experts,
         num_experts_per_tok=2,
-        # vLLM wants at least one mixture-of-experts layer; layer 0, because the MTP layer is numbered 0 as well
-        mlp_only_layers=list(range(1, c.layers)),
+        # vLLM wants at least one mixture-of-experts layer a pipeline stage; and the MTP layer is numbered 0
+        mlp_only_layers=[i for i in range(c.layers) if i not in c.moe_layers],
         layer_types=c.layer_types(),
         eos_token_id=BYTES,
         bos_token_id=BYTES,
@@ -190,7 +191,7 @@ def _write_weights(directory: Path, c: TinyConfig) -> None:
         prefix = f"model.layers.{i}"
         weights |= norms(prefix)
         weights |= attention(f"{prefix}.self_attn") if kind == "full_attention" else gdn(f"{prefix}.linear_attn")
-        weights |= moe(f"{prefix}.mlp") if i == 0 else mlp(f"{prefix}.mlp", c.intermediate)
+        weights |= moe(f"{prefix}.mlp") if i in c.moe_layers else mlp(f"{prefix}.mlp", c.intermediate)
     if c.mtp:
         # the draft reads the next token's embedding and a little of the hidden state: right often, not always
         fc = torch.cat([torch.eye(c.hidden), 0.3 * torch.eye(c.hidden)], dim=1)

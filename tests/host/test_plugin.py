@@ -27,12 +27,8 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name.startswith("vllm.gdn_plugin")]
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    import os
-
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=300
-    )
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -114,6 +110,22 @@ def test_registration_is_lazy_and_happens_with_the_hosts_import() -> None:
     assert second == "attached False <class 'gdn_plugin.hosts.vllm.layer.GdnPluginAttention'>"
     assert third == "attached"
     assert "stands down" not in done.stdout + done.stderr
+
+
+@needs_vllm
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_registration_in_child_processes(method: str) -> None:
+    done = run(
+        "import multiprocessing\n"
+        "from gdn_plugin import plugin\n"
+        "plugin.register()\n"
+        f"with multiprocessing.get_context({method!r}).Pool(1) as pool:\n"
+        "    before = pool.apply(plugin.state)\n"
+        "    pool.apply(plugin.register)\n"
+        "    print(plugin.state(), before, pool.apply(plugin.state))\n"
+    )
+    assert done.stdout.split() == ["waiting", "waiting" if method == "fork" else "new", "waiting"]
+    assert "stands down" not in done.stderr
 
 
 @needs_vllm
