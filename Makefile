@@ -7,7 +7,7 @@ TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-quick lint format gpu accuracy sanitize lock clean help
+.PHONY: demo test test-quick lint format compile host-contract gpu accuracy sanitize lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,6 +44,24 @@ lint: $(READY)  ## ruff and mypy
 format: $(READY)  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+compile: $(READY)  ## every Triton variant for SM 90 and SM 100, with no GPU: registers, spills, shared memory
+	@$(BIN)/gdn-plugin compile --sm 90 --backend triton
+	@$(BIN)/gdn-plugin compile --sm 100 --backend triton
+
+HOST_TREES := .cache/hosts
+
+$(HOST_TREES)/0.33.0/vllm: $(READY)
+	@echo "[host] vLLM 0.33.0's sources, unpacked from its wheel (340 MB, once)"
+	@mkdir -p $(HOST_TREES)/0.33.0
+	@$(BIN)/python -m pip download --quiet --quiet --no-deps --only-binary=:all: --dest $(HOST_TREES) vllm==0.33.0
+	@$(BIN)/python -c "import glob, zipfile; w = zipfile.ZipFile(glob.glob('$(HOST_TREES)/vllm-0.33.0*.whl')[0]); \
+	  w.extractall('$(HOST_TREES)/0.33.0', [n for n in w.namelist() if n.endswith('.py') or '.dist-info/' in n])"
+	@rm -f $(HOST_TREES)/vllm-0.33.0*.whl
+
+host-contract: $(HOST_TREES)/0.33.0/vllm  ## what the plugin needs of vLLM, checked against 0.32 (installed) and 0.33 (sources)
+	@$(BIN)/gdn-plugin doctor --host-contract $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+	@$(BIN)/gdn-plugin doctor --host-contract $(HOST_TREES)/0.33.0
 
 # The environment is the machine's own (a CUDA torch), so $(VENV) with its CPU torch is not used.
 gpu:  ## on a CUDA machine, with its own PYTHON: numbers, graphs, profile, benchmarks; all in gpu-results
