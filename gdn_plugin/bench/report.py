@@ -55,9 +55,11 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path, title: str) -> None:
-    """Two panels as PNG: time against the batch (log scale), and how much of the binding limit each reaches.
+def plot(rows: list[Row], path: Path, title: str, limits: dict[str, float]) -> None:
+    """Three panels as PNG: time against tokens, ratio to the first contender, and the roofline.
 
+    Args:
+        limits: `timing.ceilings` of the machine the rows come from; the roof is drawn from them.
     Raises:
         ModuleNotFoundError: matplotlib is missing (`pip install 'gdn-plugin[plot]'`).
     """
@@ -67,22 +69,38 @@ def plot(rows: list[Row], path: Path, title: str) -> None:
     from matplotlib import pyplot
 
     timed = [row for row in rows if row.us]
-    labels = list(dict.fromkeys(f"{row.shape}\n{row.mix}" for row in timed))
     names = list(dict.fromkeys(row.contender for row in timed))
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(4 + 1.6 * len(labels), 4.6), layout="constrained")
+    colours = {name: f"C{i}" for i, name in enumerate(names)}
+    works = list(dict.fromkeys(row.work for row in timed))
+    figure, (times, ratios, roof) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
+
+    series: dict[tuple[str, tuple[str, str, str]], list[tuple[int, float]]] = defaultdict(list)
+    for row in timed:
+        series[row.contender, (row.op, row.shape, row.mode)].append((row.tokens, row.us or 0.0))
+    marks = dict(zip(dict.fromkeys((row.op, row.shape, row.mode) for row in timed), "osD^vP*X<>" * 9, strict=False))
+    for (name, kind), points in series.items():
+        tokens, us = zip(*sorted(points), strict=True)
+        times.plot(tokens, us, marker=marks[kind], color=colours[name], label=f"{name}: {' '.join(kind)}", linewidth=1)
+    times.set(xscale="log", yscale="log", xlabel="tokens in the batch", ylabel="microseconds a call (median)")
+    times.legend(fontsize=6)
+
     width = 0.8 / max(1, len(names))
     for i, name in enumerate(names):
-        mine = {f"{row.shape}\n{row.mix}": row for row in timed if row.contender == name}
-        at = [labels.index(label) + i * width for label in mine]
-        left.bar(at, [row.us or 0.0 for row in mine.values()], width, label=name)
-        right.bar(at, [100 * row.floor_us / (row.us or 1.0) for row in mine.values()], width, label=name)
-    for axis in (left, right):
-        axis.set_xticks([j + 0.4 - width / 2 for j in range(len(labels))], labels, fontsize=7)
-    left.set_yscale("log")
-    left.set_ylabel("microseconds a call (median)")
-    left.legend(fontsize=7)
-    right.set_ylabel("% of the machine's limit (copy bandwidth or matmul rate)")
-    right.set_ylim(0, 100)
+        mine = [(works.index(row.work), row.ratio or 0.0) for row in timed if row.contender == name]
+        ratios.barh([at + i * width for at, _ in mine], [ratio for _, ratio in mine], width, color=colours[name])
+    ratios.set_yticks([j + 0.4 - width / 2 for j in range(len(works))], works, fontsize=6)
+    ratios.invert_yaxis()
+    ratios.axvline(1.0, color="black", linewidth=0.8)
+    ratios.set_xlabel(f"speed, {names[0] if names else ''} = 1 (the first that was timed)")
+
+    copy, matmul = limits["copy_bytes_per_s"], limits["matmul_flops_per_s"]
+    intensity = [row.flops / row.bytes for row in timed] or [1.0]
+    line = [min(intensity) / 2, matmul / copy, max(*intensity, matmul / copy) * 2]
+    roof.plot(line, [min(matmul, x * copy) / 1e12 for x in line], color="black", linewidth=1)
+    for row, x in zip(timed, intensity, strict=False):
+        reached = row.flops / ((row.us or 1.0) * 1e-6) / 1e12
+        roof.plot(x, reached, marker=marks[row.op, row.shape, row.mode], color=colours[row.contender])
+    roof.set(xscale="log", yscale="log", xlabel="FLOP a byte that must be moved", ylabel="TFLOP/s (roof: measured)")
     figure.suptitle(title, fontsize=9)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)

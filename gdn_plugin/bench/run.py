@@ -16,7 +16,10 @@ LARGEST_ERROR = 2e-2
 
 @dataclass(slots=True)
 class Row:
-    """One contender on one shape and mix. `ratio` is the first contender's time over this one's (above 1: faster)."""
+    """One contender on one shape and mix. `ratio` is the first contender's time over this one's (above 1: faster).
+
+    `bytes` and `flops` are what the op must at least move and do (`shapes.Cost`), the same for every contender.
+    """
 
     op: str
     shape: str
@@ -29,7 +32,14 @@ class Row:
     floor_us: float
     error: float | None
     mode: str
+    tokens: int
+    bytes: int
+    flops: int
     note: str = ""
+
+    @property
+    def work(self) -> str:
+        return f"{self.op} {self.shape} {self.mix} {self.mode}"
 
 
 def cost(op: str, shape: shapes.Shape, lens: tuple[int, ...], state_bytes: int = 4) -> shapes.Cost:
@@ -116,6 +126,9 @@ def compare(
                 floor_us=floor,
                 error=errors.get(name),
                 mode=mode,
+                tokens=sum(lens),
+                bytes=least.bytes,
+                flops=least.flops,
                 note=notes.get(name, ""),
             )
         )

@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
         data = {"machine": facts, "limits": limits, "rows": as_json(rows), "host_overhead_us": overhead}
         args.json.write_text(json.dumps(data, indent=1))
     if args.plot:
-        report.plot(rows, args.plot, "  ".join(f"{key} {value}" for key, value in facts.items()))
+        report.plot(rows, args.plot, "  ".join(f"{key} {value}" for key, value in facts.items()), limits)
     return 0 if any(row.us for row in rows) else 1
 
 
