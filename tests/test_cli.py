@@ -124,7 +124,8 @@ class TestDoctorSimulated:
         assert message in shown.err
 
     @pytest.mark.parametrize(
-        "arguments", [["--heads", "16"], ["--heads", "2,3"], ["--dtype", "bf16"], ["--dims", "a,b"]]
+        "arguments",
+        [["--heads", "16"], ["--heads", "2,3"], ["--dtype", "bf16"], ["--dims", "a,b"], ["--state-dtype", "float16"]],
     )
     def test_bad_shapes(self, run, arguments):
         with pytest.raises(SystemExit) as caught:

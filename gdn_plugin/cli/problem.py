@@ -31,7 +31,9 @@ def add_problem_arguments(parser: argparse.ArgumentParser, default_heads: tuple[
     )
     parser.add_argument("--dims", type=pair, default=(128, 128), metavar="K,V", help="head dims (128,128)")
     parser.add_argument("--dtype", choices=DTYPES[:3], default="bfloat16", help="io dtype (bfloat16)")
-    parser.add_argument("--state-dtype", choices=DTYPES[:3], default="float32", help="dtype of the state (float32)")
+    parser.add_argument(
+        "--state-dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the state (float32)"
+    )
 
 
 def problems(args: argparse.Namespace, *, spec_tokens: int = 4) -> dict[str, Problem]:

@@ -52,9 +52,12 @@ def unit_lower_inverse(L: Tensor, out: Tensor) -> Tensor:
 
 
 def log_gate(g: Tensor, exp_gate: bool) -> Tensor:
-    """Natural log of the decay, in fp64. A decay that underflowed to 0 in fp32 counts as the smallest that did not."""
+    """Natural log of the decay, in fp64 and finite: differences of -inf would be NaN.
+
+    A decay that underflowed to 0 in fp32 counts as the smallest that did not; exp(-1e4) is 0 in fp64 too.
+    """
     if not exp_gate:
-        return g.double()
+        return g.double().clamp(min=-1e4)
     return g.double().clamp(min=1e-38).log()
 
 

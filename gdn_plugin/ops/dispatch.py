@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
+from operator import index
 from typing import Any
 
 import torch
@@ -155,12 +156,12 @@ def resolve(
     Raises:
         NoBackendError: nothing that was asked for can run this problem, with every reason.
     """
-    # Spelled so that a symbolic size or stride of a traced call becomes a guarded constant.
+    # Spelled so that a symbolic size or stride of a traced call becomes a guarded constant; int() keeps it symbolic.
     padded = True if state is not None and state.stride(0) != heads[1] * heads[2] * heads[3] else False  # noqa: SIM210
     key_heads, value_heads, key_dim, value_dim = heads
     metadata = (
-        op, _NAMES[io.dtype], "float32" if state is None else _NAMES[state.dtype], int(key_heads), int(value_heads),
-        int(key_dim), int(value_dim), padded, checkpoints, int(max_spec_tokens),
+        op, _NAMES[io.dtype], "float32" if state is None else _NAMES[state.dtype], index(key_heads),
+        index(value_heads), index(key_dim), index(value_dim), padded, checkpoints, index(max_spec_tokens),
     )  # fmt: skip
     return _resolve(io.device.type, backend or "", metadata)
 

@@ -133,7 +133,8 @@ def _step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     S = S * torch.exp(g)[..., None, None]
     seen = torch.matmul(S.view(shape), k.float().unsqueeze(-1)).view(batch, value_heads, V)
     u = (v.float() - seen) * beta.unsqueeze(-1)
-    S = S + (u.view(batch, key_heads, ratio * V, 1) * k.float().unsqueeze(-2)).view_as(S)
+    # u and k carry the strides of v and k, which may be any.
+    S = S + (u.reshape(batch, key_heads, ratio * V, 1) * k.float().unsqueeze(-2)).reshape(S.shape)
     o = torch.matmul(S.view(shape), q.float().unsqueeze(-1)).view(batch, value_heads, V)
     return S, o * scale
 

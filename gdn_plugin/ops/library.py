@@ -12,6 +12,7 @@ of the tensors made current, and, under GDN_PLUGIN_DEBUG=1, the checks that sync
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,22 @@ def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
     return contextlib.nullcontext()
+
+
+def _unrecorded(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps the PyTorch calls inside a backend out of autograd.
+
+    Recorded, an input that requires grad would put the pools on a graph that grows with every call, or make it fail.
+    Backward through an output is autograd's own warning that the op has none.
+    """
+
+    def run(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return implementation(*args)
+        with torch.no_grad():
+            return implementation(*args)
+
+    return run
 
 
 def _run_conv_prologue(
@@ -274,5 +291,5 @@ _IMPLEMENTATIONS = {
 _library = torch.library.Library(NAMESPACE, "DEF")
 for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
     _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.needs_fixed_stride_order,))
-    _library.impl(_name, _implementation, _KEY)
+    _library.impl(_name, _unrecorded(_implementation), _KEY)
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)

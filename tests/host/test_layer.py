@@ -188,6 +188,16 @@ def test_a_layer_the_ops_cannot_serve_is_left_to_the_host(vllm_config: Any, monk
     assert all(layer._forward_method == layer.forward_cpu for layer in layers)
 
 
+def test_a_float16_state_is_left_to_the_host(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--mamba-ssm-cache-dtype float16: vLLM has it, the ops refuse it at the first forward."""
+    from gdn_plugin.hosts.vllm.layer import GdnPluginAttention
+
+    monkeypatch.setattr(vllm_config.cache_config, "mamba_ssm_cache_dtype", "float16")
+    layer = GdnPluginAttention(transformers_module(True)[0], vllm_config, "model.layers.12.float16")
+    assert layer.get_state_dtype()[1] is torch.float16
+    assert layer._forward_method == layer.forward_cpu
+
+
 def test_compiled_models_are_kept_apart_from_the_hosts(vllm_config: Any, pair: tuple[Any, Any]) -> None:
     """vLLM's key for its cache of compiled models must know whether the plugin is in them."""
     with_plugin = vllm_config.compute_hash()

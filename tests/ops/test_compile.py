@@ -120,6 +120,17 @@ def test_one_graph_for_every_batch_size(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_every_size_symbolic(name):
+    """dynamic=True makes head counts and dims symbolic too; the choice of a backend turns them into constants."""
+    function, build = LAYERS[name]
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (3, 2, 5):
+        w, pools, buffer = inputs(build(batch), 40)
+        _, eager_pools, eager_buffer = inputs(build(batch), 40)
+        assert_close(name, compiled(w, pools, buffer), function(w, eager_pools, eager_buffer), COMPILED[torch.float32])
+
+
 def test_backend_of_none_is_a_constant(monkeypatch):
     """The choice is made while tracing; the graph carries the name, and the resolver is not in it."""
     graphs = []

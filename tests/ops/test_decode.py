@@ -59,6 +59,22 @@ def test_cases(backend, op, name, zero_padding):
     check(public(op, backend), build(**cases[name]), zero_padding=zero_padding)
 
 
+def heads_first(x):
+    """x's values, laid out [heads, T, dim]."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("names", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize("op", ["decode", "verify"])
+def test_heads_first(backend, op, names):
+    """Only the last stride of q, k and v is fixed."""
+    build, _ = OPS[op]
+    case = build()
+    for name in names:
+        case.args[name] = heads_first(case.args[name])
+    check(public(op, backend), case)
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_blocks_of_the_batch(op, monkeypatch):
     """A batch larger than one gathered block, blocks without a live sequence included."""

@@ -126,3 +126,19 @@ def test_the_detector_of_value_reads_can_fail():
 def test_one_implementation_for_every_device():
     for name in library.SCHEMAS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gdn::{name}", "CompositeExplicitAutograd")
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("variant", ["", "_out"], ids=["returning", "out"])
+@pytest.mark.parametrize("op", BUILD)
+def test_nothing_is_recorded_for_autograd(op, variant, backend):
+    """Outside no_grad, inputs that require grad make no call fail and put no pool and no buffer on a graph."""
+    schema = getattr(torch.ops.gdn, op + variant).default._schema
+    args = op_args(BUILD[op](), backend, variant=variant)
+    for argument, value in zip(schema.arguments, args, strict=True):
+        if argument.alias_info is None and isinstance(value, torch.Tensor) and value.is_floating_point():
+            value.requires_grad_()
+    getattr(torch.ops.gdn, op + variant)(*args)
+    for argument, value in zip(schema.arguments, args, strict=True):
+        if argument.alias_info is not None and isinstance(value, torch.Tensor):
+            assert not value.requires_grad, argument.name

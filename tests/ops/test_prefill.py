@@ -48,6 +48,8 @@ CASES = {
     "correlated keys, bf16": {"lens": (130, 40), "keys": "correlated", "io_dtype": torch.bfloat16},
     "g down to -20": {"lens": (200, 5), "gate": "strong"},
     "g down to -120, exp gate": {"lens": (150, 65), "gate": "harsh", "exp_gate": True},
+    "decays of 0": {"lens": (150, 65, 1), "gate": "wipe"},
+    "decays of 0, exp gate": {"lens": (150, 65, 1), "gate": "wipe", "exp_gate": True},
     "exp gate": {"lens": (66,), "exp_gate": True},
     "fresh rows hold NaN": {"lens": (3, 64, 65), "fresh": (0, 2)},
     "all fresh": {"lens": (3, 64), "fresh": (0, 1)},

@@ -189,7 +189,8 @@ def prefill_case(
 ) -> Case:
     """Packed sequences.
 
-    gate: "mild" (what models do), "none" (g = 0), "strong" (down to -20), "harsh" (down to -120: exp is 0 in fp32).
+    gate: "mild" (what models do), "none" (g = 0), "strong" (down to -20), "harsh" (down to -120: exp is 0 in fp32),
+        "wipe" (-inf now and then).
     fresh: sequences with has_initial_state False (their pool row stays NaN); None passes has_initial_state=None.
     padding: sequences whose state index is null_index. pad_tokens: tokens behind the last sequence, NaN throughout.
     gap: q, k, v are slices of one [T, ...] projection with NaN gaps of that many columns.
@@ -199,10 +200,11 @@ def prefill_case(
     tokens = used + pad_tokens
     hv = heads.v_heads
     q, k, v = _qkv(gen, tokens, heads, io_dtype, device, gap, keys, use_qk_l2norm)
-    span = {"mild": 0.5, "none": 0.0, "strong": 20.0, "harsh": 120.0}[gate]
+    span = {"mild": 0.5, "none": 0.0, "strong": 20.0, "harsh": 120.0, "wipe": math.inf}[gate]
     g = -span * torch.rand(tokens, hv, generator=gen)
-    if gate in ("strong", "harsh"):  # most tokens remember; the odd one wipes the slate
-        g = torch.where(torch.rand(tokens, hv, generator=gen) < 0.15, g, g * 0.005)
+    if gate in ("strong", "harsh", "wipe"):  # most tokens remember; the odd one wipes the slate
+        mild = g * 0.005 if gate != "wipe" else torch.full_like(g, -0.1)
+        g = torch.where(torch.rand(tokens, hv, generator=gen) < 0.15, g, mild)
     beta = torch.sigmoid(_normal(gen, tokens, hv) + (3.0 if keys == "correlated" else 0.0))
     g, beta = (torch.exp(g) if exp_gate else g).to(device), beta.to(device)
     for x in (q, k, v, g, beta):

@@ -92,6 +92,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             return f"the plugin serves cpu and cuda, this platform is {current_platform.device_name}"
         if self.activation not in ("silu", "swish"):
             return f"the convolution's activation is {self.activation!r}, the ops have silu"
+        if (state := self.get_state_dtype()[1]) not in (torch.float32, torch.bfloat16):
+            return f"the state is {_name(state)}, the ops have float32 and bfloat16"
         if not hasattr(self, "in_proj_qkvz") or not hasattr(self, "in_proj_ba"):
             return "its projections are split in a way the plugin does not know"
         return None

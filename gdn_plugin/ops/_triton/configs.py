@@ -7,11 +7,11 @@ reasoning about occupancy; the state launches of sm_90 are timed (H100 80GB, tor
 K = V = 128, us of the state launches, block_v/warps/stages):
 
     heads  sequences  whole 64/4/2  split 32/4/3  cut 32/4/3, 128 programs
-    16x32  8x1024              134           211
+    16x32  8x1024              134           211  (whole 128/8/2: 136)
     16x32  1x8192              332           283  331 (64/4/2, 264 programs: 264 with one launch more)
     16x32  1x2048               90            77  not cut (64/4/2, 264 programs: 90)
     2x4    8x1024               41            36  not cut
-    2x4    1x8192              277           246  88
+    2x4    1x8192              277           246  88 (32/4/2: 90)
     2x4    1x2048               64            55  36
 
 The solve launch at 16x32, 8x1024: 125 us with 4 warps, 264 with 8, 149 with two heads a program.
@@ -35,6 +35,7 @@ class PrefillConfig:
         solve_warps: warps of a solve program.
         solve_heads: value heads of one key head that a solve program does (halved until it divides Hv / Hk).
         solve_stages: pipelining depth of the solve kernel.
+        solve_registers: a bound on registers a thread, for ptxas; None leaves it to its own, which spills on sm_100.
         solve_precision: of the dots that build the inverse, for bf16 io ("tf32" or "tf32x3"; fp16 and fp32 io always
             take "tf32x3"). M is rounded to bf16 afterwards: TF32 raised the rms error of the new values by 0 % (random
             keys) to 10 % (keys equal but for 0.1 % noise, no decay; 23 % where operands are rounded, not truncated),
@@ -49,11 +50,13 @@ class PrefillConfig:
             transition does not fit in shared memory.
         segment_min_chunks: shortest segment worth its overhead.
         small_block_v, small_warps, small_stages: block_v, state_warps and state_stages of cut or finer split launches.
+        cut_stages: pipelining depth where sequences are cut; the transition takes registers that depth 3 would spill.
     """
 
     solve_warps: int = 4
     solve_heads: int = 1
     solve_stages: int = 1
+    solve_registers: int | None = None
     solve_precision: str = "tf32"
     block_v: int = 64
     state_warps: int = 4
@@ -64,18 +67,21 @@ class PrefillConfig:
     small_block_v: int = 64
     small_warps: int = 4
     small_stages: int = 2
+    cut_stages: int = 2
 
 
 PREFILL: Mapping[Key, PrefillConfig] = {
     # mma.sync: more rows than 32 of 128 columns spill.
     (0, 0, 0, ""): PrefillConfig(block_v=32, small_block_v=32, segment_programs=256),
     (0, 256, 0, ""): PrefillConfig(block_v=16, state_warps=8),
-    # wgmma wants 64 rows; two programs share a multiprocessor's shared memory and hide each other's latency. With
-    # fewer programs than multiprocessors, smaller ones and a chunk more in flight.
-    (90, 0, 0, ""): PrefillConfig(small_block_v=32, small_stages=3, full_programs=132, segment_programs=128),
+    # wgmma wants 64 rows a warpgroup; two of them a program (64/4/2 is as fast, and spills 8 bytes with a bf16 state).
+    # With fewer programs than half the multiprocessors, smaller ones and a chunk more in flight.
+    (90, 0, 0, ""): PrefillConfig(
+        block_v=128, state_warps=8, small_block_v=32, small_stages=3, full_programs=66, segment_programs=128
+    ),
     (90, 256, 0, ""): PrefillConfig(block_v=32, state_warps=8),
     # tcgen05: the same rows over 8 warps, which is what keeps 128 columns from spilling.
-    (100, 0, 0, ""): PrefillConfig(state_warps=8, small_warps=8, segment_programs=296),
+    (100, 0, 0, ""): PrefillConfig(solve_registers=255, state_warps=8, small_warps=8, segment_programs=296),
     (100, 256, 0, ""): PrefillConfig(block_v=32, state_warps=8),
     # Three TF32 products a dot: slow, and registers are what is short. For checking numbers, not for serving.
     (0, 0, 0, "float32"): PrefillConfig(block_v=16, state_warps=8, state_stages=1),

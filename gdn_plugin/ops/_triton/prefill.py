@@ -152,7 +152,7 @@ def prefill_with_config(
         state_indices.stride(0), num_tokens, num_sequences, null_index,
         HK=num_k_heads, HV=num_v_heads, K=head_k_dim, V=head_v_dim, HEADS=heads, L2NORM=use_qk_l2norm,
         EXP_GATE=exp_gate, ZERO_PADDING=zero_padding, DOT=dot, PRECISION=precision, SOLVE_PRECISION=solve_precision,
-        SEARCH=SEARCH, num_warps=config.solve_warps, num_stages=config.solve_stages,
+        SEARCH=SEARCH, num_warps=config.solve_warps, num_stages=config.solve_stages, maxnreg=config.solve_registers,
     )  # fmt: skip
     segment_chunks = choose_segment_chunks(config, num_tokens, num_sequences, num_v_heads, head_k_dim, head_v_dim,
                                            max_seqlen)  # fmt: skip
@@ -190,7 +190,7 @@ def state_launches(config: PrefillConfig, head_k_dim: int, head_v_dim: int) -> t
     """(block_v, warps, stages) of the state launches: whole sequences, V split finer, sequences cut into segments."""
     whole = (min(config.block_v, head_v_dim), config.state_warps, config.state_stages)
     split = (min(config.small_block_v, head_v_dim), config.small_warps, config.small_stages)
-    cut = (min(config.small_block_v, head_v_dim, head_k_dim), config.small_warps, config.small_stages)
+    cut = (min(config.small_block_v, head_v_dim, head_k_dim), config.small_warps, config.cut_stages)
     return whole, split, cut
 
 

@@ -54,7 +54,8 @@ def variants(problem: Problem, sm: int) -> Iterator[Variant]:
             constexprs |= {"q_norm_ptr": None, "k_norm_ptr": None}
         name = f"prefill_solve {label}{' l2norm' if norm else ''}{' exp_gate' if exp_gate else ''}"
         yield make_variant(name, prefill_solve_kernel, _of(prefill_solve_kernel, types), constexprs,
-                           unaligned(prefill_solve_kernel), config.solve_warps, config.solve_stages)  # fmt: skip
+                           unaligned(prefill_solve_kernel), config.solve_warps, config.solve_stages,
+                           config.solve_registers)  # fmt: skip
 
     whole, split, cut_launch = state_launches(config, K, V)
     kinds = [(whole, False)]
