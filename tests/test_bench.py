@@ -80,7 +80,17 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--shape", "nope"], ["--mix", "nope"], ["--graph"], ["--engine", "nowhere"]], ids=" ".join
+    "arguments",
+    [
+        ["--shape", "nope"],
+        ["--mix", "nope"],
+        ["--graph"],
+        ["--engine", "nowhere"],
+        ["--backend", "nosuch"],
+        ["--against", "vllm,nosuch"],
+        ["--json", "nowhere/rows.json"],
+    ],
+    ids=" ".join,
 )
 def test_wrong_arguments(arguments, capsys):
     if arguments == ["--graph"] and torch.cuda.is_available():

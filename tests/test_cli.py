@@ -116,6 +116,7 @@ class TestDoctorSimulated:
             (["--simulate", "sm_100", "--package", "flashinfer=0.7"], "did you mean flashinfer-python?"),
             (["--simulate", "sm_100", "--package", "torch"], "'torch' is not NAME=VALUE"),
             (["--cuda", "13.0"], "give --simulate too"),
+            (["--simulate", "sm_100", "--cuda", "banana"], "'banana' is not a version"),
         ],
     )
     def test_bad_arguments(self, run, arguments, message):

@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         shape = shapes.parse_shape(args.shape)
+        _check_names(args)
         for mix in (args.mix or "").split(","):
             if mix and not mix.isdigit():
                 shapes.parse_mix(mix)
@@ -110,6 +111,23 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         report.plot(rows, args.plot, "  ".join(f"{key} {value}" for key, value in facts.items()), limits)
     return 0 if any(row.us for row in rows) else 1
+
+
+def _check_names(args: argparse.Namespace) -> None:
+    """Backends, contenders and files that a long run would only trip over at its end."""
+    from gdn_plugin.bench.contenders import OTHERS
+    from gdn_plugin.registry import backend_names
+
+    for flag, text, known in (
+        ("--backend", args.backend or "", backend_names()),
+        ("--against", args.against, (*OTHERS, *backend_names())),
+    ):
+        for name in filter(None, text.split(",")):
+            if name not in known:
+                raise ValueError(f"{flag} {name!r} is not known; choose of: {', '.join(known)}")
+    for path in (args.json, args.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"the folder of {path} does not exist")
 
 
 def _able(op: str, shape: object, dtype: str, state_dtype: str) -> list[str]:

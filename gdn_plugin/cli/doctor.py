@@ -241,7 +241,9 @@ def _platform_lines(report: Report) -> list[str]:
     platform = report.platform
     text = platform.device
     if platform.device == "cuda":
-        text += f", SM {platform.sm}, {platform.sm_count} multiprocessors, CUDA {platform.cuda}"
+        text += (
+            f", SM {platform.sm}, {platform.sm_count or 'an unknown number of'} multiprocessors, CUDA {platform.cuda}"
+        )
     lines = ["Platform" + (" (simulated)" if report.simulated else ""), f"  {'device':<30}{text}"]
     for package in PACKAGES:
         if package in platform.packages or not package.startswith("vllm"):

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from packaging.version import InvalidVersion, Version
+
 # Streaming multiprocessors of the usual part of each architecture (A100, L40S, H100 SXM, B200, B300,
 # RTX PRO 6000 Blackwell, GB10), from NVIDIA's data sheets. Only simulated platforms use them.
 SM_COUNTS = {80: 108, 86: 84, 89: 142, 90: 132, 100: 148, 103: 160, 120: 188, 121: 48}
@@ -111,9 +113,11 @@ class Platform:
             features: a mapping changes single features (None, False or "none" removes one); an iterable of
                 names replaces all of them.
         Raises:
-            ValueError: a name that is neither "cpu" nor "sm_<number>".
+            ValueError: a name that is neither "cpu" nor "sm_<number>", or a CUDA version that is none.
         """
         sm = _parse_sm(name)
+        if cuda is not None:
+            _check_version("cuda", cuda)
         device = "cpu" if sm is None else "cuda"
         versions: dict[str, str] = dict(CURRENT_PACKAGES)
         for package, version in (packages or {}).items():
@@ -143,6 +147,13 @@ class Platform:
             packages=versions,
             features=found,
         )
+
+
+def _check_version(name: str, version: str) -> None:
+    try:
+        Version(version)
+    except InvalidVersion as exc:
+        raise ValueError(f"{name}: {version!r} is not a version such as 13.0") from exc
 
 
 def _parse_sm(name: str) -> int | None:

@@ -75,6 +75,19 @@ def test_compiler_errors_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failure_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("CXXFLAGS", "-include does_not_exist.h")
+    tried = []
+    compile_ = build._compile
+    monkeypatch.setattr(build, "_compile", lambda *what: (tried.append(what), compile_(*what)))
+    for _ in range(3):
+        with pytest.raises(build.BuildError, match="compiling the cpu backend failed"):
+            build._open(build.level())
+    assert len(tried) == 1
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

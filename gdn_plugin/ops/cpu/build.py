@@ -62,6 +62,7 @@ LEVELS = {
 _lock = threading.Lock()
 _libraries: dict[str, ctypes.CDLL] = {}
 _functions: dict[str, Callable[[bytes], int]] = {}  # of the level in use, by name
+_failed: dict[Path, str] = {}  # what the compiler said, by what it was to make: asked again, it would say it again
 _compiled = 0
 _forced: str | None = None
 
@@ -188,8 +189,14 @@ def _open(chosen: Level) -> ctypes.CDLL:
     if not target.exists():
         with open(target.with_suffix(".lock"), "w") as guard:
             fcntl.flock(guard, fcntl.LOCK_EX)
+            if target in _failed:
+                raise BuildError(_failed[target])
             if not target.exists():  # another worker may have been faster
-                _compile(chosen, target)
+                try:
+                    _compile(chosen, target)
+                except BuildError as exc:
+                    _failed[target] = f"{str(exc).splitlines()[0]} (its output was shown when it was tried)"
+                    raise
     try:
         return ctypes.CDLL(str(target))
     except OSError as exc:
