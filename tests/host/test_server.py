@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -182,4 +183,7 @@ def test_sigterm_ends_it(server: dict[str, Any]) -> None:
     process = server["process"]
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
-    assert "Traceback" not in server["log"].read_text().rpartition("Application startup complete")[2]
+    assert process.returncode == 0
+    # vLLM's own front end may see its engine gone first and log that; a frame of ours in any traceback is a defect.
+    ours = re.search(r'File "[^"]*/gdn_plugin/', server["log"].read_text())
+    assert ours is None, ours

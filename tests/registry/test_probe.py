@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 
 import pytest
 import torch
@@ -38,6 +39,8 @@ def test_flashinfers_signatures_are_read(tmp_path, monkeypatch):
     (package / "gdn_prefill.py").write_text("def chunk_gated_delta_rule(q, *, output=None): ...")
     (package / "gdn_decode.py").write_text("def gated_delta_rule_mtp(q, ssm_state_indices, /): ...")
     monkeypatch.syspath_prepend(tmp_path)
+    # Where another test has imported the real one, its spec would be found first.
+    monkeypatch.delitem(sys.modules, "flashinfer", raising=False)
     assert flashinfer_features() == {
         "flashinfer.prefill": "yes",
         "flashinfer.prefill.output": "yes",
