@@ -76,7 +76,8 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
     rows = json.loads(data.read_text())["rows"]
     assert [row["contender"] for row in rows] == ["torch"]
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "copy" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "copy" in shown and max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

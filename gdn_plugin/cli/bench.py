@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 MIXES = {
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
                 overhead[f"{op} {name}"] = host_overhead_us(op, name, device)
     progress.end()
     facts = report.machine(device)
-    print("  ".join(f"{key} {value}" for key, value in facts.items()))
+    print(textwrap.fill(", ".join(f"{key} {value}" for key, value in facts.items()), 80))
     copy, matmul = limits["copy_bytes_per_s"], limits["matmul_flops_per_s"]
     print(f"copy {copy / 1e9:.0f} GB/s (read + write), bf16 matmul {matmul / 1e9:.0f} GFLOP/s\n")
     print(report.table(rows))
