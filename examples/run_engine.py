@@ -31,7 +31,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: `llm` (arguments of vllm.LLM), `rounds` (lists of token-id prompts), `max_tokens` (one number, or one a
-            prompt of each round), `prompt_logprobs` (bool), `repeat_timed` (bool: run the last round once more, timed).
+            prompt of each round), `prompt_logprobs` (bool), `repeat_timed` (bool: run the last round once more, timed),
+            `adapters` (a LoRA adapter's folder, or None, a round).
     """
     from vllm import LLM, SamplingParams
 
@@ -40,7 +41,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     startup_s = time.perf_counter() - started
     rounds = []
     for number, prompts in enumerate(job["rounds"]):
-        rounds.append(_ask(engine, prompts, _lengths(job, number, len(prompts)), job, SamplingParams))
+        adapter = job["adapters"][number] if job.get("adapters") else None
+        rounds.append(_ask(engine, prompts, _lengths(job, number, len(prompts)), job, SamplingParams, adapter))
     result: dict[str, Any] = {"startup_s": startup_s, "rounds": rounds, "layers": _layers(engine)}
     if job["llm"].get("speculative_config"):
         result["speculation"] = _speculation(engine)
@@ -67,7 +69,14 @@ def _lengths(job: dict[str, Any], number: int, count: int) -> list[int]:
     return [wanted] * count if isinstance(wanted, int) else list(wanted[number])
 
 
-def _ask(engine: Any, prompts: list[list[int]], lengths: list[int], job: dict[str, Any], sampling: Any) -> list[dict]:
+def _ask(
+    engine: Any,
+    prompts: list[list[int]],
+    lengths: list[int],
+    job: dict[str, Any],
+    sampling: Any,
+    adapter: str | None = None,
+) -> list[dict]:
     parameters = [
         sampling(
             temperature=0.0,
@@ -78,7 +87,13 @@ def _ask(engine: Any, prompts: list[list[int]], lengths: list[int], job: dict[st
         )
         for length in lengths
     ]
-    outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+    lora = None
+    if adapter is not None:
+        from vllm.lora.request import LoRARequest
+
+        lora = LoRARequest(Path(adapter).name, 1, adapter)
+    asked = [{"prompt_token_ids": p} for p in prompts]
+    outputs = engine.generate(asked, parameters, use_tqdm=False, lora_request=lora)
     answers = []
     for prompt, output in zip(prompts, outputs, strict=True):
         answer: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""A tiny Qwen3-Next checkpoint, written from nothing in a second.
+"""A tiny Qwen3-Next or Qwen3.5 checkpoint, written from nothing in a second.
 
 The demo and the engine tests need a model whose GDN layers matter, whose next token is not a coin toss, and which
 is small enough for two CPU cores. Four layers (three GDN, one full attention), hidden size 256, byte-level vocabulary.
@@ -15,6 +15,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 BYTES = 256
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -22,7 +23,10 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 @dataclass(frozen=True, slots=True)
 class TinyConfig:
-    """Sizes of the checkpoint. `cycle` is how strongly the embedding decides the next token (0: not at all)."""
+    """Sizes of the checkpoint. `cycle` is how strongly the embedding decides the next token (0: not at all).
+
+    `flat` writes a dense Qwen3.5: projections of q, k, v, of z, of b and of a apart, heads not interleaved, no experts.
+    """
 
     hidden: int = 256
     layers: int = 4
@@ -41,6 +45,7 @@ class TinyConfig:
     cycle: float = 1.0
     mtp: bool = True
     seed: int = 0
+    flat: bool = False
 
     @property
     def vocab(self) -> int:
@@ -71,33 +76,42 @@ def write_tiny_qwen3_next(directory: str | Path, config: TinyConfig | None = Non
 
 
 def _write_config(directory: Path, c: TinyConfig) -> None:
-    from transformers import Qwen3NextConfig
+    from transformers import Qwen3_5TextConfig, Qwen3NextConfig
 
+    sizes: dict[str, Any] = {
+        "vocab_size": c.vocab,
+        "hidden_size": c.hidden,
+        "intermediate_size": c.intermediate,
+        "num_hidden_layers": c.layers,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.kv_heads,
+        "head_dim": c.head_dim,
+        "max_position_embeddings": 8192,
+        "linear_conv_kernel_dim": c.conv_width,
+        "linear_key_head_dim": c.gdn_k_dim,
+        "linear_value_head_dim": c.gdn_v_dim,
+        "linear_num_key_heads": c.gdn_k_heads,
+        "linear_num_value_heads": c.gdn_v_heads,
+        "layer_types": c.layer_types(),
+        "eos_token_id": BYTES,
+        "bos_token_id": BYTES,
+        "tie_word_embeddings": False,
+        "dtype": "bfloat16",
+    }
+    if c.flat:
+        hf = Qwen3_5TextConfig(**sizes)
+        hf.architectures = ["Qwen3_5ForCausalLM"]
+        hf.mtp_num_hidden_layers = 1
+        hf.save_pretrained(directory)
+        return
     hf = Qwen3NextConfig(
-        vocab_size=c.vocab,
-        hidden_size=c.hidden,
-        intermediate_size=c.intermediate,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        head_dim=c.head_dim,
-        max_position_embeddings=8192,
-        linear_conv_kernel_dim=c.conv_width,
-        linear_key_head_dim=c.gdn_k_dim,
-        linear_value_head_dim=c.gdn_v_dim,
-        linear_num_key_heads=c.gdn_k_heads,
-        linear_num_value_heads=c.gdn_v_heads,
+        **sizes,
         moe_intermediate_size=c.moe_intermediate,
         shared_expert_intermediate_size=c.moe_intermediate,
         num_experts=c.experts,
         num_experts_per_tok=2,
         # vLLM wants at least one mixture-of-experts layer a pipeline stage; and the MTP layer is numbered 0
         mlp_only_layers=[i for i in range(c.layers) if i not in c.moe_layers],
-        layer_types=c.layer_types(),
-        eos_token_id=BYTES,
-        bos_token_id=BYTES,
-        tie_word_embeddings=False,
-        dtype="bfloat16",
     )
     hf.architectures = ["Qwen3NextForCausalLM"]
     hf.num_nextn_predict_layers = 1
@@ -158,9 +172,19 @@ def _write_weights(directory: Path, c: TinyConfig) -> None:
 
     def gdn(prefix: str) -> dict[str, torch.Tensor]:
         key_dim, value_dim = c.gdn_k_heads * c.gdn_k_dim, c.gdn_v_heads * c.gdn_v_dim
-        return {
-            f"{prefix}.in_proj_qkvz.weight": normal(2 * key_dim + 2 * value_dim, c.hidden),
-            f"{prefix}.in_proj_ba.weight": normal(2 * c.gdn_v_heads, c.hidden),
+        if c.flat:
+            projections = {
+                f"{prefix}.in_proj_qkv.weight": normal(2 * key_dim + value_dim, c.hidden),
+                f"{prefix}.in_proj_z.weight": normal(value_dim, c.hidden),
+                f"{prefix}.in_proj_b.weight": normal(c.gdn_v_heads, c.hidden),
+                f"{prefix}.in_proj_a.weight": normal(c.gdn_v_heads, c.hidden),
+            }
+        else:
+            projections = {
+                f"{prefix}.in_proj_qkvz.weight": normal(2 * key_dim + 2 * value_dim, c.hidden),
+                f"{prefix}.in_proj_ba.weight": normal(2 * c.gdn_v_heads, c.hidden),
+            }
+        return projections | {
             f"{prefix}.conv1d.weight": torch.randn(2 * key_dim + value_dim, 1, c.conv_width, generator=rng) * 0.6,
             f"{prefix}.out_proj.weight": normal(c.hidden, value_dim),
             # decays from slow (a state that remembers hundreds of tokens) to fast
@@ -191,7 +215,8 @@ def _write_weights(directory: Path, c: TinyConfig) -> None:
         prefix = f"model.layers.{i}"
         weights |= norms(prefix)
         weights |= attention(f"{prefix}.self_attn") if kind == "full_attention" else gdn(f"{prefix}.linear_attn")
-        weights |= moe(f"{prefix}.mlp") if i in c.moe_layers else mlp(f"{prefix}.mlp", c.intermediate)
+        has_experts = i in c.moe_layers and not c.flat
+        weights |= moe(f"{prefix}.mlp") if has_experts else mlp(f"{prefix}.mlp", c.intermediate)
     if c.mtp:
         # the draft reads the next token's embedding and a little of the hidden state: right often, not always
         fc = torch.cat([torch.eye(c.hidden), 0.3 * torch.eye(c.hidden)], dim=1)
@@ -201,7 +226,8 @@ def _write_weights(directory: Path, c: TinyConfig) -> None:
             "mtp.pre_fc_norm_hidden.weight": zero_centred(c.hidden),
             "mtp.pre_fc_norm_embedding.weight": zero_centred(c.hidden),
         }
-        weights |= norms("mtp.layers.0") | attention("mtp.layers.0.self_attn") | moe("mtp.layers.0.mlp")
+        weights |= norms("mtp.layers.0") | attention("mtp.layers.0.self_attn")
+        weights |= mlp("mtp.layers.0.mlp", c.intermediate) if c.flat else moe("mtp.layers.0.mlp")
     keep_fp32 = ("A_log",)
     stored = {
         name: (value if name.endswith(keep_fp32) else value.to(torch.bfloat16)).contiguous()

@@ -104,7 +104,8 @@ def triton_variants(problem: Problem, sm: int) -> list:
     """The `Variant`s of a problem on an architecture."""
     from gdn_plugin.ops._triton import prefill_variants, variant_list
 
-    return list(prefill_variants.variants(problem, sm) if problem.op == "prefill" else variant_list.variants(problem))
+    module = prefill_variants if problem.op == "prefill" else variant_list
+    return list(module.variants(problem, sm))
 
 
 def compile_variant(sm: int, problem: Problem, index: int) -> Row:

@@ -249,6 +249,7 @@ class _Maker:
             "state_indices": self.ints(rows),
             "num_accepted_tokens": self.ints([2, 1, 1]),
             "cu_seqlens": self.ints([0, first, first + second, first + second]),
+            "start_rows": None,
             "scale": self.scale,
             "use_qk_l2norm": True,
             "null_index": NULL_ROW,

@@ -104,6 +104,7 @@ def _problem(op: str, mode: str, config: Mapping[str, Any]) -> Problem:
         padded_pool=True,  # vLLM keeps both states of a block in one page
         checkpoints=op == "prefill" and "cache" in mode,
         max_spec_tokens=4 if op == "verify" else 0,
+        ragged=op == "verify",  # drafts end early
     )
 
 

@@ -20,6 +20,11 @@ class Unavailable(RuntimeError):
     """A contender cannot run here; the text says why."""
 
 
+def _norm_inside(w: Workload) -> bool:
+    """Whether prefills are timed with the L2 norm of q and k in them: on a CPU, where vLLM's op has it inside."""
+    return w.device == "cpu"
+
+
 def ours(op: str, backend: str) -> Callable[[Workload], Call]:
     """Our op with one backend, through its public `_out` form, as the host calls it."""
 
@@ -34,11 +39,15 @@ def ours(op: str, backend: str) -> Callable[[Workload], Call]:
         recurrent = (w.a, w.b, w.A_log, w.dt_bias, w.state, w.state_indices)
         exp_gate = backend == "flashinfer"
         gate = w.g.exp() if exp_gate else w.g
+        # FlashInfer wants row 0 of a bf16 pool for padding; with an fp32 pool padding is negative.
+        null_index = 0 if w.state.dtype == torch.bfloat16 else -1
         accepted = torch.ones(len(w.lens), dtype=torch.int32, device=w.device)
         if op == "verify":
             steps = max(w.lens)
-            free = torch.randperm(w.state.shape[0] - 1, device=w.device)[: len(w.lens) * steps].to(torch.int32) + 1
-            rows = free.view(len(w.lens), steps)
+            # The same rows for every contender: they hold different states.
+            shuffled = torch.randperm(w.state.shape[0] - 1, generator=torch.Generator().manual_seed(1))
+            rows = (shuffled[: len(w.lens) * steps] + 1).to(torch.int32).view(len(w.lens), steps).to(w.device)
+            start_rows = rows[:, 0].contiguous()
 
         def call() -> torch.Tensor:
             if op == "prefill":
@@ -51,13 +60,16 @@ def ours(op: str, backend: str) -> Callable[[Workload], Call]:
                     w.state,
                     w.state_indices,
                     w.cu_seqlens,
+                    use_qk_l2norm=_norm_inside(w),
                     out=w.out,
                     exp_gate=exp_gate,
                     max_seqlen=max(w.lens),
                     backend=backend,
                 )
             if op == "decode":
-                return ops.decode(w.q, w.k, w.v, *recurrent, use_qk_l2norm=True, out=w.out, backend=backend)
+                return ops.decode(
+                    w.q, w.k, w.v, *recurrent, use_qk_l2norm=True, out=w.out, null_index=null_index, backend=backend
+                )
             if op == "verify":
                 return ops.verify(
                     w.q,
@@ -71,8 +83,10 @@ def ours(op: str, backend: str) -> Callable[[Workload], Call]:
                     rows,
                     accepted,
                     w.cu_seqlens,
+                    start_rows=start_rows,
                     use_qk_l2norm=True,
                     out=w.out,
+                    null_index=null_index,
                     backend=backend,
                 )
             if op == "fused_decode":
@@ -139,6 +153,7 @@ def transformers_prefill(w: Workload) -> Call:
                 beta=w.beta[None, part],
                 initial_state=w.state[row][None].transpose(-1, -2),
                 output_final_state=True,
+                use_qk_l2norm_in_kernel=_norm_inside(w),
             )
             w.out[part] = out[0]
             w.state[row] = final[0].transpose(-1, -2)

@@ -52,14 +52,25 @@ def cost(op: str, shape: shapes.Shape, lens: tuple[int, ...], state_bytes: int =
     return shapes.decode_cost(shape, len(lens), tokens=max(lens), state=state_bytes)
 
 
-def _error(op: str, name: str, shape: shapes.Shape, lens: tuple[int, ...], device: str, dtype: torch.dtype) -> float:
+def _error(
+    op: str,
+    name: str,
+    shape: shapes.Shape,
+    lens: tuple[int, ...],
+    device: str,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype,
+) -> float:
     """Relative error of `name` against `reference` on the mix cut to 4 sequences of at most 257 tokens."""
     small = tuple(min(length, 257) for length in lens[:4])
-    rows = sum(small) + 8
-    got = contenders.maker(op, name)(workload.make_workload(shape, small, device=device, dtype=dtype, rows=rows))()
-    want = contenders.ours(op, "reference")(
-        workload.make_workload(shape, small, device=device, dtype=dtype, rows=rows)
-    )()
+
+    def inputs() -> workload.Workload:
+        return workload.make_workload(
+            shape, small, device=device, dtype=dtype, state_dtype=state_dtype, rows=sum(small) + 8
+        )
+
+    got = contenders.maker(op, name)(inputs())()
+    want = contenders.ours(op, "reference")(inputs())()
     return float((got.float() - want.float()).norm() / want.float().norm())
 
 
@@ -96,7 +107,7 @@ def compare(
     for name in names:
         progress(f"{op} {shape.name} {mix}: {name}")
         try:
-            errors[name] = _error(op, name, shape, lens, device, dtype)
+            errors[name] = _error(op, name, shape, lens, device, dtype, state_dtype)
             if not errors[name] < LARGEST_ERROR:
                 notes[name] = f"wrong numbers: relative error {errors[name]:.1e}, not timed"
                 continue
@@ -108,7 +119,8 @@ def compare(
             calls[name] = timing.capture(call) if graph else call
         except Exception as exc:  # a contender that fails is a row of the report, not the end of the run
             notes[name] = f"{type(exc).__name__}: {str(exc).splitlines()[0] if str(exc) else ''}"[:200]
-    samples = timing.interleaved(calls, device=device, seconds=seconds) if calls else {}
+    with torch.inference_mode():  # as hosts call them
+        samples = timing.interleaved(calls, device=device, seconds=seconds) if calls else {}
     base = next((timing.median(samples[name]) for name in names if name in samples), None)
     out = []
     for name in names:

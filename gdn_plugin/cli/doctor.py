@@ -85,7 +85,7 @@ def examine(args: argparse.Namespace) -> Report:
     """Every probe on its own: what one of them fails on is reported and the others go on."""
     trouble: list[str] = []
     platform = _platform(args, trouble)
-    layer = problems(args)
+    layer = problems(args, ragged=True)
     requests = {phase: settings.Request("auto", "default") for phase in ("prefill", "decode", "verify")}
     disabled = False
     trouble += settings.unknown_variables()

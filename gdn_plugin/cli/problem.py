@@ -36,8 +36,12 @@ def add_problem_arguments(parser: argparse.ArgumentParser, default_heads: tuple[
     )
 
 
-def problems(args: argparse.Namespace, *, spec_tokens: int = 4) -> dict[str, Problem]:
-    """The five ops of the layer that the arguments describe, with a page-padded pool as vLLM has it."""
+def problems(args: argparse.Namespace, *, spec_tokens: int = 4, ragged: bool = False) -> dict[str, Problem]:
+    """The five ops of the layer that the arguments describe, with a page-padded pool as vLLM has it.
+
+    Args:
+        ragged: its speculative batches too are as vLLM has them.
+    """
     return {
         op: Problem(
             op=op,
@@ -49,6 +53,7 @@ def problems(args: argparse.Namespace, *, spec_tokens: int = 4) -> dict[str, Pro
             head_v_dim=args.dims[1],
             padded_pool=True,
             max_spec_tokens=spec_tokens if op == "verify" else 0,
+            ragged=ragged and op == "verify",
         )
         for op in OPS
     }

@@ -17,7 +17,9 @@ The same for every function here:
   that sequence. Uniqueness and range are not checked, except under GDN_PLUGIN_DEBUG=1: that would synchronise.
 - cu_seqlens [B+1] int32 or int64 from 0 on; repeated offsets are empty sequences, which change no state. Tokens behind
   the last offset are padding.
-- Without `out`, rows of padding tokens are zero. With `out` (contiguous), they stay as they were or become zero.
+- Without `out`, rows of padding tokens are zero. With `out` (contiguous), they stay as they were or become zero; from
+  decode and verify on backend `flashinfer` with a bf16 pool they are S q, S being whatever pool row 0 holds, which is
+  zero for the q = 0 that conv_prologue leaves for padding.
 - `backend`: None for the current selection (`use`, then the GDN_PLUGIN_* variables, then auto), a name, or names to try
   in order joined by commas. In a compiled graph the choice is a constant.
 - Wrong arguments raise ValueError with the argument's name, before anything is written; NoBackendError says that
@@ -33,7 +35,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gdn_plugin.ops import library, validate
+from gdn_plugin.ops import direct, library, usual, validate
 from gdn_plugin.ops.dispatch import compile_count, resolve, use, warm_up
 
 __all__ = ["compile_count", "conv_prologue", "decode", "fused_decode", "prefill", "use", "verify", "warm_up"]
@@ -85,8 +87,8 @@ def conv_prologue(
             this step's input j, so that the next step can accept any number of them.
         out: five contiguous buffers (q, k, v, g, beta) to fill in place of new ones.
     Returns:
-        q, k [T, Hk, K], v [T, Hv, V] in the io dtype; g, beta [T, Hv] fp32. Padding tokens: zeros (exp(g): one).
-        Tokens of padding sequences are computed from an empty history.
+        q, k [T, Hk, K], v [T, Hv, V] in the io dtype; g, beta [T, Hv] fp32. Padding tokens, those of padding sequences
+        among them: zeros (exp(g): one).
     """
     validate.backend("conv_prologue", backend)
     validate.conv_prologue(
@@ -100,9 +102,9 @@ def conv_prologue(
         dt_bias, num_k_heads, head_k_dim, head_v_dim, state, exp_gate, num_accepted_tokens, null_index,
     )  # fmt: skip
     if out is None:
-        return _gdn.conv_prologue(*args, name)
+        return _gdn.conv_prologue.default(*args, name)
     q, k, v, g, beta = out
-    _gdn.conv_prologue_out(*args, q, k, v, g, beta, name)
+    _gdn.conv_prologue_out.default(*args, q, k, v, g, beta, name)
     return q, k, v, g, beta
 
 
@@ -158,8 +160,8 @@ def prefill(
         checkpoint_cu_starts, checkpoint_every,
     )  # fmt: skip
     if out is None:
-        return _gdn.prefill(*args, name)
-    _gdn.prefill_out(*args, out, name)
+        return _gdn.prefill.default(*args, name)
+    _gdn.prefill_out.default(*args, out, name)
     return out
 
 
@@ -191,13 +193,20 @@ def decode(
         out [B, Hv, V]: the buffer given, or a new one.
     """
     validate.backend("decode", backend)
-    validate.decode(q, k, v, a, b, A_log, dt_bias, state, state_indices, use_qk_l2norm, null_index, out)
-    name = resolve("decode", backend, q, state, (q.shape[1], v.shape[1], q.shape[2], v.shape[2]))
-    resolved = validate.scale("decode", scale, q.shape[2])
+    checked = (q, k, v, a, b, A_log, dt_bias, state, state_indices, use_qk_l2norm, null_index, out)
+    compiling = torch.compiler.is_compiling()
+    if compiling or not usual.decode(*checked):
+        validate.decode(*checked)
+    (_, key_heads, key_dim), (_, value_heads, value_dim) = q.shape, v.shape
+    name = resolve("decode", backend, q, state, (key_heads, value_heads, key_dim, value_dim))
+    resolved = validate.scale("decode", scale, key_dim)
     args = (q, k, v, a, b, A_log, dt_bias, state, state_indices, resolved, use_qk_l2norm, null_index)
     if out is None:
-        return _gdn.decode(*args, name)
-    _gdn.decode_out(*args, out, name)
+        return _gdn.decode.default(*args, name)
+    if not compiling and direct.possible(q, state):
+        library.run_decode(*args, out, name)
+    else:
+        _gdn.decode_out.default(*args, out, name)
     return out
 
 
@@ -238,10 +247,13 @@ def fused_decode(
         out [B, Hv, V]: the buffer given, or a new one.
     """
     validate.backend("fused_decode", backend)
-    validate.fused_decode(
+    checked = (
         mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, num_k_heads,
         head_k_dim, head_v_dim, z, norm_weight, norm_eps, gate, null_index, out,
     )  # fmt: skip
+    compiling = torch.compiler.is_compiling()
+    if compiling or not usual.fused_decode(*checked):
+        validate.fused_decode(*checked)
     heads = (num_k_heads, a.shape[1], head_k_dim, head_v_dim)
     name = resolve("fused_decode", backend, mixed_qkv, state, heads)
     args = (
@@ -250,8 +262,11 @@ def fused_decode(
         gate, null_index,
     )  # fmt: skip
     if out is None:
-        return _gdn.fused_decode(*args, name)
-    _gdn.fused_decode_out(*args, out, name)
+        return _gdn.fused_decode.default(*args, name)
+    if not compiling and direct.possible(mixed_qkv, state):
+        library.run_fused_decode(*args, out, name)
+    else:
+        _gdn.fused_decode_out.default(*args, out, name)
     return out
 
 
@@ -268,6 +283,7 @@ def verify(
     num_accepted_tokens: Tensor,
     cu_seqlens: Tensor,
     *,
+    start_rows: Tensor | None = None,
     scale: float | None = None,
     use_qk_l2norm: bool = True,
     null_index: int = -1,
@@ -283,22 +299,24 @@ def verify(
             state_indices[i, t]; rows past its length are untouched. A sequence whose start row is padding is padding.
         num_accepted_tokens: [B] int32, 1..S.
         cu_seqlens: [B+1]; sequences of at most S tokens.
+        start_rows: [B] int32, where the caller has looked the rows to start from up: they are taken as they are, and
+            num_accepted_tokens is not read. Layers can share them, and FlashInfer's kernel needs no other launch then.
         scale: on the output; None is K^-0.5.
     Returns:
         out [T, Hv, V]: the buffer given, or a new one.
     """
     validate.backend("verify", backend)
     validate.verify(
-        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, use_qk_l2norm,
-        null_index, out,
+        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows,
+        use_qk_l2norm, null_index, out,
     )  # fmt: skip
     heads = (q.shape[1], v.shape[1], q.shape[2], v.shape[2])
     name = resolve("verify", backend, q, state, heads, max_spec_tokens=state_indices.shape[1])
     args = (
-        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens,
+        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows,
         validate.scale("verify", scale, q.shape[2]), use_qk_l2norm, null_index,
     )  # fmt: skip
     if out is None:
-        return _gdn.verify(*args, name)
-    _gdn.verify_out(*args, out, name)
+        return _gdn.verify.default(*args, name)
+    _gdn.verify_out.default(*args, out, name)
     return out

@@ -17,20 +17,21 @@ from gdn_plugin.ops.validate import fail
 
 
 def enabled() -> bool:
-    if os.environ.get("GDN_PLUGIN_DEBUG", "").strip() != "1":
+    value = os.environ.get("GDN_PLUGIN_DEBUG")
+    if value is None or value.strip() != "1":
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
-def rows(op: str, state_indices: Tensor, pool_rows: int, null_index: int) -> None:
+def rows(op: str, rows_named: Tensor, pool_rows: int, null_index: int, name: str = "state_indices") -> None:
     """Every row that is not padding is in the pool and named once."""
-    named = [i for i in state_indices.flatten().tolist() if i > null_index]
+    named = [i for i in rows_named.flatten().tolist() if i > null_index]
     if named and max(named) >= pool_rows:
-        fail(op, "state_indices", f"rows below N = {pool_rows}", max(named))
+        fail(op, name, f"rows below N = {pool_rows}", max(named))
     seen: set[int] = set()
     for row in named:
         if row in seen:
-            fail(op, "state_indices", "unique rows", f"row {row} more than once")
+            fail(op, name, "unique rows", f"row {row} more than once")
         seen.add(row)
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from operator import index
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -173,14 +174,17 @@ def compile_count() -> int:
     return sum(count() for count in counters if count is not None)
 
 
-def warm_up(problem: Problem, backend: str | None = None, device: str | None = None) -> str:
+def warm_up(problem: Problem, backend: str | None = None, device: str | None = None, pool: Tensor | None = None) -> str:
     """Compile every kernel variant the problem's backend can dispatch to, before serving and before capture.
 
     Args:
         backend: a name or request; None for the current selection.
         device: torch device type; by default the probed one.
+        pool: the state pool that calls will bring. Call without it first, and again with it once it is allocated:
+            then what a backend compiles for a pool's own size and strides is compiled, and nothing else.
     Returns:
-        the backend's name. A backend without a `warm_up(problem)` in its module has nothing to compile.
+        the backend's name. A backend without a `warm_up(problem)`, or with `pool` a `warm_up_pool(problem, pool)`, in
+        its module has nothing to compile.
     """
     platform = probe() if device is None else probe(device)
     current = _current.get()
@@ -189,13 +193,22 @@ def warm_up(problem: Problem, backend: str | None = None, device: str | None = N
         function(problem.op, name)
     else:
         name = _choose(platform, problem, backend or "", _requests())
-    _warm_up_hook(problem.op, name)(problem)
+    if pool is None:
+        _warm_up_hook(problem.op, name)(problem)
+    else:
+        hook = getattr(_module(problem.op, name), "warm_up_pool", None)
+        if hook is not None:
+            hook(problem, pool)
     return name
 
 
 def _warm_up_hook(op: str, name: str) -> Callable[[Problem], object]:
     """`warm_up` of a loaded backend's module; nothing to do where it has none."""
-    return getattr(sys.modules[_row(op, name).target.partition(":")[0]], "warm_up", lambda problem: None)
+    return getattr(_module(op, name), "warm_up", lambda problem: None)
+
+
+def _module(op: str, name: str) -> ModuleType:
+    return sys.modules[_row(op, name).target.partition(":")[0]]
 
 
 __all__ = ["compile_count", "forget", "function", "resolve", "use", "warm_up"]

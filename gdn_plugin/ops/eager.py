@@ -73,6 +73,7 @@ def conv_prologue(
     owner = torch.searchsorted(offsets, position, right=True) - 1
     real = owner < batch
     owner = owner.clamp(max=batch - 1)
+    real = real & live[owner]
     into = position - starts[owner]  # position in its sequence
     # Each input's row in (mixed_qkv, history): `back` tokens ago, or, before the sequence's start, in its history.
     inputs = torch.cat((mixed_qkv, history.flatten(0, 1)))
@@ -239,6 +240,7 @@ def verify(
     state_indices: Tensor,
     num_accepted_tokens: Tensor,
     cu_seqlens: Tensor,
+    start_rows: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
     null_index: int,
@@ -252,7 +254,10 @@ def verify(
     tokens, slots = q.shape[0], state_indices.shape[1]
     rows, offsets = state_indices.long(), cu_seqlens.long()
     starts, lens = offsets[:-1], offsets.diff()
-    origin = rows.gather(1, (num_accepted_tokens.long() - 1).clamp(0, slots - 1)[:, None]).squeeze(1)
+    if start_rows is None:
+        origin = rows.gather(1, (num_accepted_tokens.long() - 1).clamp(0, slots - 1)[:, None]).squeeze(1)
+    else:
+        origin = start_rows.long()
     live = (origin > null_index) & (lens > 0)
     result = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     written = torch.zeros(tokens, dtype=torch.bool, device=out.device)

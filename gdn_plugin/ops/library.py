@@ -45,8 +45,8 @@ _FUSED_DECODE = (
 )
 _VERIFY = (
     "Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
-    "Tensor state_indices, Tensor num_accepted_tokens, Tensor cu_seqlens, float scale, bool use_qk_l2norm, "
-    "int null_index"
+    "Tensor state_indices, Tensor num_accepted_tokens, Tensor cu_seqlens, Tensor? start_rows, float scale, "
+    "bool use_qk_l2norm, int null_index"
 )
 SCHEMAS = {
     "conv_prologue": f"({_CONV}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -63,11 +63,14 @@ SCHEMAS = {
 }
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes x's GPU current where it is not: kernels launch on the current device."""
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         return torch.cuda.device(x.device)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 def _unrecorded(implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +89,7 @@ def _unrecorded(implementation: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _run_conv_prologue(
+def run_conv_prologue(
     mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state, a, b, A_log, dt_bias,
     num_k_heads, head_k_dim, head_v_dim, state, exp_gate, num_accepted_tokens, null_index, q, k, v, g, beta, backend,
 ):  # fmt: skip
@@ -129,13 +132,13 @@ def _conv_prologue_outputs(mixed_qkv, a, num_k_heads, head_k_dim, head_v_dim):
 def _conv_prologue(*args: Any) -> Any:
     inputs, backend = args[:-1], args[-1]
     outputs = _conv_prologue_outputs(inputs[0], inputs[7], *inputs[11:14])
-    _run_conv_prologue(*(*inputs, *outputs, backend))
+    run_conv_prologue(*(*inputs, *outputs, backend))
     return outputs
 
 
-def _run_prefill(
+def run_prefill(
     q, k, v, g, beta, state, state_indices, cu_seqlens, has_initial_state, scale, use_qk_l2norm, exp_gate, max_seqlen,
-    null_index, checkpoints, checkpoint_cu_starts, checkpoint_every, out, backend, zero_padding,
+    null_index, checkpoints, checkpoint_cu_starts, checkpoint_every, out, backend, zero_padding=False,
 ):  # fmt: skip
     run = function("prefill", backend)
     if q.shape[0] == 0:
@@ -160,17 +163,14 @@ def _run_prefill(
 def _prefill(*args: Any) -> Any:
     inputs, backend = args[:-1], args[-1]
     out = _like_v(inputs[2])
-    _run_prefill(*(*inputs, out, backend, True))
+    run_prefill(*(*inputs, out, backend, True))
     return out
 
 
-def _prefill_out(*args: Any) -> Any:
-    _run_prefill(*(*args, False))
-
-
-def _run_decode(
-    q, k, v, a, b, A_log, dt_bias, state, state_indices, scale, use_qk_l2norm, null_index, out, backend, zero_padding
-):
+def run_decode(
+    q, k, v, a, b, A_log, dt_bias, state, state_indices, scale, use_qk_l2norm, null_index, out, backend,
+    zero_padding=False,
+):  # fmt: skip
     run = function("decode", backend)
     if q.shape[0] == 0:
         return
@@ -185,17 +185,13 @@ def _run_decode(
 def _decode(*args: Any) -> Any:
     inputs, backend = args[:-1], args[-1]
     out = _like_v(inputs[2])
-    _run_decode(*(*inputs, out, backend, True))
+    run_decode(*(*inputs, out, backend, True))
     return out
 
 
-def _decode_out(*args: Any) -> Any:
-    _run_decode(*(*args, False))
-
-
-def _run_fused_decode(
+def run_fused_decode(
     mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, num_k_heads, head_k_dim,
-    head_v_dim, scale, z, norm_weight, norm_eps, gate, null_index, out, backend, zero_padding,
+    head_v_dim, scale, z, norm_weight, norm_eps, gate, null_index, out, backend, zero_padding=False,
 ):  # fmt: skip
     run = function("fused_decode", backend)
     if mixed_qkv.shape[0] == 0:
@@ -212,17 +208,13 @@ def _run_fused_decode(
 def _fused_decode(*args: Any) -> Any:
     inputs, backend = args[:-1], args[-1]
     out = inputs[0].new_empty((inputs[0].shape[0], inputs[4].shape[1], inputs[12]))
-    _run_fused_decode(*(*inputs, out, backend, True))
+    run_fused_decode(*(*inputs, out, backend, True))
     return out
 
 
-def _fused_decode_out(*args: Any) -> Any:
-    _run_fused_decode(*(*args, False))
-
-
-def _run_verify(
-    q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, scale, use_qk_l2norm,
-    null_index, out, backend, zero_padding,
+def run_verify(
+    q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows, scale,
+    use_qk_l2norm, null_index, out, backend, zero_padding=False,
 ):  # fmt: skip
     run = function("verify", backend)
     if q.shape[0] == 0:
@@ -235,23 +227,22 @@ def _run_verify(
         slots = state_indices.shape[1]
         debug.rows("verify", state_indices, state.shape[0], null_index)
         debug.speculative_lens("verify", debug.offsets("verify", cu_seqlens, q.shape[0]), slots)
-        debug.accepted("verify", num_accepted_tokens, slots)
+        if start_rows is None:
+            debug.accepted("verify", num_accepted_tokens, slots)
+        else:
+            debug.rows("verify", start_rows, state.shape[0], null_index, "start_rows")
     with _on_device_of(q):
         run(
-            q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, scale, use_qk_l2norm,
-            null_index, out, zero_padding,
+            q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows, scale,
+            use_qk_l2norm, null_index, out, zero_padding,
         )  # fmt: skip
 
 
 def _verify(*args: Any) -> Any:
     inputs, backend = args[:-1], args[-1]
     out = _like_v(inputs[2])
-    _run_verify(*(*inputs, out, backend, True))
+    run_verify(*(*inputs, out, backend, True))
     return out
-
-
-def _verify_out(*args: Any) -> Any:
-    _run_verify(*(*args, False))
 
 
 def _like_v(v: Tensor) -> Tensor:
@@ -275,17 +266,17 @@ def _fake_out(*args: Any) -> Any:
     return None
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "conv_prologue": (_conv_prologue, _fake_conv_prologue),
-    "conv_prologue_out": (_run_conv_prologue, _fake_out),
+    "conv_prologue_out": (run_conv_prologue, _fake_out),
     "prefill": (_prefill, _fake_like_v),
-    "prefill_out": (_prefill_out, _fake_out),
+    "prefill_out": (run_prefill, _fake_out),
     "decode": (_decode, _fake_like_v),
-    "decode_out": (_decode_out, _fake_out),
+    "decode_out": (run_decode, _fake_out),
     "fused_decode": (_fused_decode, _fake_fused_decode),
-    "fused_decode_out": (_fused_decode_out, _fake_out),
+    "fused_decode_out": (run_fused_decode, _fake_out),
     "verify": (_verify, _fake_like_v),
-    "verify_out": (_verify_out, _fake_out),
+    "verify_out": (run_verify, _fake_out),
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")

@@ -88,15 +88,14 @@ def conv_prologue(
     offsets, rows = cu_seqlens.tolist(), state_indices.tolist()
 
     for x in (q, k, v, beta):
-        x.zero_()  # what padding tokens hold at the end
+        x.zero_()  # what padding tokens and those of padding sequences hold at the end
     g.fill_(1.0 if exp_gate else 0.0)
 
     for i, row in enumerate(rows):
         start, end = offsets[i], offsets[i + 1]
-        if start == end:
+        if row <= null_index or start == end:
             continue
-        is_padding = row <= null_index
-        fresh = is_padding or (has_initial_state is not None and not bool(has_initial_state[i]))
+        fresh = has_initial_state is not None and not bool(has_initial_state[i])
         first = 0 if num_accepted_tokens is None else max(int(num_accepted_tokens[i]) - 1, 0)
         if fresh:
             history = torch.zeros_like(weight[:, : width - 1])
@@ -112,8 +111,6 @@ def conv_prologue(
         log_decay, strength = gates(a[start:end], b[start:end], A_log, dt_bias, compute_dtype)
         g[start:end] = torch.exp(log_decay) if exp_gate else log_decay
         beta[start:end] = strength
-        if is_padding:
-            continue
         if num_accepted_tokens is None:
             conv_state[row, :, : width - 1] = inputs[:, -(width - 1) :]
         else:  # the next step may accept any prefix of these tokens, so all of them stay, behind W-2 older ones
@@ -260,6 +257,7 @@ def verify(
     state_indices: Tensor,
     num_accepted_tokens: Tensor,
     cu_seqlens: Tensor,
+    start_rows: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
     null_index: int,
@@ -270,19 +268,23 @@ def verify(
 ) -> None:
     """Speculative tokens: starts from row state_indices[i, n_i - 1], writes the state after token t to row [i, t].
 
-    A sequence whose start row is padding is padding; a single row to be written that is padding is skipped.
+    With start_rows a sequence starts from start_rows[i]. A sequence whose start row is padding is padding; a single row
+    to be written that is padding is skipped.
     """
     if zero_padding:
         out.zero_()
     q, k, v = _prepare(q, k, v, use_qk_l2norm, compute_dtype)
     log_decay, strength = gates(a, b, A_log, dt_bias, compute_dtype)
-    offsets, rows, accepted = cu_seqlens.tolist(), state_indices.tolist(), num_accepted_tokens.tolist()
+    offsets, rows = cu_seqlens.tolist(), state_indices.tolist()
+    if start_rows is None:
+        origins = [own[max(n - 1, 0)] for own, n in zip(rows, num_accepted_tokens.tolist(), strict=True)]
+    else:
+        origins = start_rows.tolist()
     for i, own in enumerate(rows):
         start, end = offsets[i], offsets[i + 1]
-        origin = own[max(accepted[i] - 1, 0)]
-        if start == end or origin <= null_index:
+        if start == end or origins[i] <= null_index:
             continue
-        S = state[origin].to(compute_dtype)
+        S = state[origins[i]].to(compute_dtype)
         for t in range(start, end):
             S, out[t] = _step(S, q[t], k[t], v[t], log_decay[t], strength[t], scale)
             if own[t - start] > null_index:

@@ -321,7 +321,7 @@ def fused_decode(
 
 def verify(
     q: Any, k: Any, v: Any, a: Any, b: Any, A_log: Any, dt_bias: Any, state: Any, state_indices: Any,
-    num_accepted_tokens: Any, cu_seqlens: Any, use_qk_l2norm: Any, null_index: Any, out: Any,
+    num_accepted_tokens: Any, cu_seqlens: Any, start_rows: Any, use_qk_l2norm: Any, null_index: Any, out: Any,
 ) -> None:  # fmt: skip
     op = "verify"
     tokens, _, value_heads, K, V = _qkv(op, q, k, v)
@@ -335,6 +335,8 @@ def verify(
     batch = state_indices.shape[0]
     _per_sequence(op, "num_accepted_tokens", num_accepted_tokens, batch, "[B] (B of state_indices)", INDEX, q)
     _per_sequence(op, "cu_seqlens", cu_seqlens, batch + 1, "[B+1] (B of state_indices)", OFFSETS, q)
+    if start_rows is not None:
+        _per_sequence(op, "start_rows", start_rows, batch, "[B] (B of state_indices)", INDEX, q)
     _flag(op, "use_qk_l2norm", use_qk_l2norm)
     if out is not None:
         _out(op, "out", out, (tokens, value_heads, V), "[T, Hv, V]", q.dtype, q)

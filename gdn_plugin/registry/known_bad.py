@@ -30,6 +30,7 @@ class KnownBad:
         sms: architectures it was seen on; empty = all.
         ops: ops it concerns; empty = all.
         problem: fields of the Problem with the values that trigger it.
+        install: the command that mends it, where no minimum version in `table.py` gives one already.
     """
 
     backend: str
@@ -40,6 +41,7 @@ class KnownBad:
     sms: tuple[int, ...] = ()
     ops: tuple[str, ...] = ()
     problem: MappingProxyType[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    install: str = ""
 
     def reason(self, platform: Platform, problem: Problem) -> str | None:
         found = platform.version(self.package)
@@ -51,8 +53,12 @@ class KnownBad:
             bad = SpecifierSet(self.versions).contains(Version(found), prereleases=True)
         except InvalidVersion:
             return None
-        return f"{self.package} {found} {self.sentence} ({self.issue})" if bad else None
+        how = f"; {self.install}" if self.install else ""
+        return f"{self.package} {found} {self.sentence} ({self.issue}){how}" if bad else None
 
+
+# What FlashInfer 0.7.2 asks for, past every compiler below.
+_NEWER_DSL = "pip install 'nvidia-cutlass-dsl[cu13]>=4.6.2'"
 
 KNOWN_BAD: tuple[KnownBad, ...] = (
     KnownBad(
@@ -96,6 +102,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         issue="vllm#43230",
         sentence="breaks GDN kernels on GB200",
         sms=(100, 103),
+        install=_NEWER_DSL,
     ),
     KnownBad(
         backend="flashinfer",
@@ -106,6 +113,7 @@ KNOWN_BAD: tuple[KnownBad, ...] = (
         sms=(100, 103),
         ops=("prefill",),
         problem=MappingProxyType({"checkpoints": True}),
+        install=_NEWER_DSL,
     ),
 )
 

@@ -45,6 +45,12 @@ FLASHINFER_FEATURES = (
     "flashinfer.mtp.ssm_state_indices",
     "flashinfer.mtp.output",
 )
+# Arguments by which kernels read and write rows of a pool; a simulated older FlashInfer has none of them.
+FLASHINFER_SINCE_0_7 = (
+    "flashinfer.prefill.state_indices",
+    "flashinfer.decode.initial_state_indices",
+    "flashinfer.mtp.ssm_state_indices",
+)
 CURRENT_CUDA = "13.0"
 
 
@@ -131,6 +137,8 @@ class Platform:
         found: dict[str, str] = {"cpu.machine": "x86_64", "cpu.cxx_compiler": "/usr/bin/c++"}
         if "flashinfer-python" in versions:
             found |= dict.fromkeys(FLASHINFER_FEATURES, "yes")
+            if _older(versions["flashinfer-python"], (0, 7)):
+                found = {name: value for name, value in found.items() if name not in FLASHINFER_SINCE_0_7}
         if isinstance(features, Mapping):
             for feature, value in features.items():
                 if value is None or value is False or (isinstance(value, str) and value.lower() == "none"):
@@ -147,6 +155,13 @@ class Platform:
             packages=versions,
             features=found,
         )
+
+
+def _older(version: str, than: tuple[int, ...]) -> bool:
+    try:
+        return Version(version).release < than
+    except InvalidVersion:
+        return False
 
 
 def _check_version(name: str, version: str) -> None:

@@ -98,8 +98,9 @@ PREFERENCES: tuple[Preference, ...] = (
         sms=(90,),
         wins=True,
         min_value_heads=16,
-        source="this plugin on one H100 (flashinfer 0.7.2, triton 3.6, 2026-11-23), Hk=16, Hv=32, device time: 8x1024 "
-        "127 us against 276 (triton), 1x8192 249 against 430, 1x2048 112 against 111; 32x256, eager: 211 against 354",
+        source="this plugin on one H100 (flashinfer 0.7.2, triton 3.6, 2026-11-23), CUDA graphs, Hk=16, Hv=32: 8x1024 "
+        "129 us against 265 (triton), 1x8192 247 against 403, 1x32768 771 against 1542, 32x256 201 against 303, "
+        "15 ragged sequences 177 against 315, 1x2048 113 against 113",
     ),
     Preference(
         "flashinfer",
@@ -107,18 +108,21 @@ PREFERENCES: tuple[Preference, ...] = (
         sms=(90,),
         wins=True,
         max_waves=0.5,
-        min_tokens_per_sequence=32768,
+        min_tokens_per_sequence=8192,
         feature="flashinfer.prefill.use_cp",
-        source="H100, Hk=2, Hv=8: 1x65536 399 us against 1954 (FLA-Triton) (flashinfer#3866)",
+        source="this plugin, one H100 (2026-11-23), CUDA graphs: Hv=8 1x8192 124 us against 204 (triton), 1x32768 257 "
+        "against 765; Hv=4 98 against 113, 193 against 403. flashinfer#3866, Hk=2, Hv=8: 1x65536 399 us against 1954 "
+        "(FLA-Triton), 1x2048 61 against 86; at 1x2048 triton is ahead, see the next row",
     ),
     Preference(
         "flashinfer",
         "prefill",
         sms=(90,),
         wins=False,
-        reason="on SM 90 with few value heads a call's host time is more than what its kernel saves",
-        source="this plugin on one H100 (flashinfer 0.7.2, triton 3.6, 2026-11-23), Hk=2, Hv=4, eager: 8x1024 429 us "
-        "against 228 (triton), 1x8192 430 against 294, 1x2048 426 against 290",
+        reason="on SM 90 with few value heads a few sequences of 1000 or 2000 tokens starve its kernel",
+        source="this plugin, one H100 (flashinfer 0.7.2, triton 3.6, 2026-11-23), CUDA graphs: Hv=8 8x1024 132 us "
+        "against 91 (triton), 1x2048 65 against 54; Hv=4 106 against 57, 61 against 46. It wins 32x256 (Hv=8 59 to "
+        "87, Hv=4 28 against 46), but the batch is not known when a layer chooses",
     ),
     Preference(
         "flashinfer",

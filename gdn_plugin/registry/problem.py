@@ -32,6 +32,7 @@ class Problem:
         padded_pool: rows of the pool are further apart than Hv*V*K elements.
         checkpoints: prefill writes intermediate states.
         max_spec_tokens: most tokens a sequence brings to verify; 0 without speculation.
+        ragged: sequences of one verify call may bring different numbers of tokens.
         num_sequences: sequences a call typically has; 0 = unknown.
         num_tokens: tokens a call typically has; 0 = unknown.
     Raises:
@@ -50,6 +51,7 @@ class Problem:
     max_spec_tokens: int = 0
     num_sequences: int = 0
     num_tokens: int = 0
+    ragged: bool = False
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -83,6 +85,7 @@ class Problem:
             "padded_pool": self.padded_pool,
             "checkpoints": self.checkpoints,
             "max_spec_tokens": self.max_spec_tokens,
+            "ragged": self.ragged,
             "num_sequences": self.num_sequences,
             "num_tokens": self.num_tokens,
         }

@@ -81,9 +81,19 @@ def _dense_fp32_pool(platform: Platform, problem: Problem) -> str | None:
     return None
 
 
+def _even_batches(platform: Platform, problem: Problem) -> str | None:
+    """FlashInfer's kernels of several tokens take [B, S, ...] tensors."""
+    if problem.ragged:
+        return "needs as many tokens of every sequence; drafts of this host end early, so its batches are ragged"
+    return None
+
+
 def _checkpointing(platform: Platform, problem: Problem) -> str | None:
     if problem.checkpoints and not platform.has("flashinfer.prefill.checkpoints"):
         return "needs chunk_gated_delta_rule(state_checkpoints=...) for checkpoints, which was not found"
+    copies = not platform.has("flashinfer.prefill.state_indices")
+    if problem.checkpoints and copies and (state := problem.state_dtype) != "float32":
+        return f"needs flashinfer-python >= 0.7 for checkpoints of {state} states; before, they are float32"
     return None
 
 
@@ -184,6 +194,7 @@ TABLE: Mapping[str, tuple[Backend, ...]] = {
             "verify",
             needs_sm_at_least(90),
             needs_dtype("bfloat16"),
+            _even_batches,
             _dense_fp32_pool,
             needs_feature(
                 "flashinfer.mtp.ssm_state_indices",

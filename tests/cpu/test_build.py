@@ -185,6 +185,7 @@ def test_the_gil_is_released() -> None:
         ("verify", "cu_seqlens", [0, 9, 9, 9], "cu_seqlens"),
         ("verify", "num_accepted_tokens", [1, 9, 1], "num_accepted_tokens"),
         ("verify", "state_indices", [[1, 2], [3, 4], [5, 99]], "state_indices"),
+        ("verify", "start_rows", [1, 3, 99], "start_rows"),
     ],
 )  # fmt: skip
 def test_index_values_out_of_range_raise_before_anything_is_written(

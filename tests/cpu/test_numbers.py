@@ -152,3 +152,4 @@ def test_conv_prologue_speculative(level: str, width: int, layout: str) -> None:
 @pytest.mark.parametrize("state", STATE, ids=name)
 def test_verify(level: str, heads: Heads, io: torch.dtype, state: torch.dtype) -> None:
     check(verify, verify_case((3, 1, 4, 0, 2), heads, io, state, padding=(4,), pad_tokens=2, gap=3, index_stride=3))
+    check(verify, verify_case((3, 1, 4, 0, 2), heads, io, state, start_rows=True, padding=(4,)))

@@ -87,6 +87,7 @@ def verify_args(state_dtype: torch.dtype, *, batch: int = 5, width: int = 4, **c
         "state_indices": empty(batch, width, dtype=torch.int32),
         "num_accepted_tokens": empty(batch, dtype=torch.int32),
         "cu_seqlens": empty(batch + 1, dtype=torch.int32),
+        "start_rows": None,
         "null_index": 0,
     }
     return _recurrent(batch * width) | given | changes

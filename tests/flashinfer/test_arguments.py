@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gdn_plugin.ops._flashinfer.arguments import as_its_shape_says
 from gdn_plugin.ops._flashinfer.decode import decode
 from gdn_plugin.ops._flashinfer.prefill import _bound, prefill
 from gdn_plugin.ops._flashinfer.verify import verify
@@ -86,3 +87,19 @@ def test_fp32_gates_are_taken_where_the_kernel_reads_them(h100):
 )
 def test_the_hint_on_the_longest_sequence_is_brought_into_flashinfers_range(hint, tokens, batch, bound):
     assert _bound(hint, tokens, batch) == bound
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(1, 4).int()[:, 0], torch.zeros(3, 4, dtype=torch.int32)[:1, :2]])
+def test_one_sequences_rows_have_strides_that_cute_compiles_for(rows):
+    """A dim of size one keeps the stride of the table it was cut from, and is contiguous all the same."""
+    from_dlpack = pytest.importorskip("cutlass.cute.runtime", reason="nvidia-cutlass-dsl is not installed").from_dlpack
+
+    def mark(x):
+        order = tuple(sorted(range(x.dim()), key=lambda dim: -x.stride(dim)))
+        from_dlpack(x).mark_compact_shape_dynamic(mode=0, stride_order=order, divisibility=1)
+
+    assert rows.is_contiguous()
+    with pytest.raises(RuntimeError, match="stride_order"):
+        mark(rows)
+    mark(as_its_shape_says(rows))
+    assert as_its_shape_says(rows).data_ptr() == rows.data_ptr()

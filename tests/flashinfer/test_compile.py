@@ -22,7 +22,10 @@ FEW = {
 @pytest.mark.slow
 @pytest.mark.timeout(170)
 @pytest.mark.parametrize("sm", FEW)
-def test_kernels_compile(sm, tmp_path):
+def test_kernels_compile(sm, tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     wanted = [problem for op, state in FEW[sm] for problem in problems(ops=(op,), state_dtypes=(state,))]
     # FlashInfer's fp32 verify takes dense pools alone: our wrapper refuses, the command says so and goes on.
     refused = dataclasses.replace(problems(ops=("verify",), state_dtypes=("float32",))[0], padded_pool=True)
@@ -30,6 +33,7 @@ def test_kernels_compile(sm, tmp_path):
     assert error.error.startswith("ValueError: state: ") and error.kernel == ""
     assert [row.error for row in rows] == [""] * len(wanted)
     assert all(row.kernel and row.seconds > 0 for row in rows)
+    assert list(here.iterdir()) == [], "what the compiler dumps on its way must not stay in the current folder"
     assert all(row.registers is None or 16 <= row.registers <= 255 for row in rows)
 
     kept = [Path(row.artifact) for row in rows if row.artifact]

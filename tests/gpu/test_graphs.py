@@ -59,6 +59,49 @@ def test_torch_fallback_prefill_captured():
     captured_equals_eager("prefill", "torch", make_workload(LAYER, LENS["prefill"], device="cuda", rows=20))
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["fp32-pool", "bf16-pool"])
+def test_layers_on_flashinfers_decode_captured_on_the_metadata_of_the_run_before(backend_function, state_dtype):
+    """What the layers of a step share is made in the graph, so that replays see the row numbers of their own step."""
+    backend_function("flashinfer", "decode")
+    from gdn_plugin.hosts.vllm.core import Core, Parameters, Shape
+    from gdn_plugin.hosts.vllm.metadata import Batch, DecodePart
+    from gdn_plugin.registry import probe, select
+
+    batch, rows, name = 4, 9, str(state_dtype).removeprefix("torch.")
+    shape = Shape("bfloat16", name, LAYER.num_k_heads, LAYER.num_v_heads, LAYER.head_k_dim, LAYER.head_v_dim, 4)
+    selection = select(probe("cuda"), shape.problems(), {"decode": "flashinfer"})
+    cores = [Core(shape, selection) for _ in range(2)]
+    w = make_workload(LAYER, (1,) * batch, device="cuda", rows=rows, state_dtype=state_dtype)
+    parameters = Parameters(w.conv_weight, None, w.A_log, w.dt_bias, w.conv_state, w.state)
+    indices = torch.tensor([3, 1, 0, 0], dtype=torch.int32, device="cuda")
+    shared = Batch(batch, decode=DecodePart(batch, indices, w.cu_seqlens))
+    out = torch.zeros(2, *w.out.shape, dtype=w.out.dtype, device="cuda")
+
+    def step(these: Batch) -> None:
+        for core, result in zip(cores, out, strict=True):
+            core.run(these, w.mixed_qkv, w.a, w.b, parameters, result)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(shared)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(shared)
+    pools = w.state.clone(), w.conv_state.clone()
+    for named in ([5, 2, 7, 0], [8, 0, 4, 6]):
+        indices.copy_(torch.tensor(named, dtype=torch.int32))
+        found = []
+        for run in (graph.replay, lambda: step(Batch(batch, decode=shared.decode))):
+            w.state.copy_(pools[0])
+            w.conv_state.copy_(pools[1])
+            run()
+            # Padding shares row 0, which is anyone's to write where the pool is bf16.
+            found.append((out.clone(), w.state[1:].clone(), w.conv_state.clone()))
+        for replayed, eager in zip(*found, strict=True):
+            assert torch.equal(replayed, eager)
+
+
 @pytest.mark.parametrize("real", [1, 5, 8])
 def test_padded_decode_leaves_real_rows_alone(backend_function, real):
     """A batch padded to a captured size gives the real rows bit for bit what the unpadded batch gives."""

@@ -141,8 +141,47 @@ def test_flashinfer_verify(backend_function, state):
     check(backend_function("flashinfer", "verify"), case, precision="io")
 
 
-@pytest.mark.parametrize("op", ["prefill", "decode", "fused_decode", "verify"])
-def test_triton_pool_past_int32_offsets(backend_function, op):
+@pytest.mark.parametrize("state", [FP32, BF16], ids=ids)
+@pytest.mark.parametrize("backend", ["triton", "flashinfer"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_verify_from_start_rows(backend_function, backend, state, batch):
+    """The form that is FlashInfer's kernel alone: an fp32 pool's padding is -1, a bf16 pool has a scratch row."""
+    case = cases.verify_case(
+        (4,) * batch, QWEN, BF16, state, start_rows=True, page_tail=0 if state is FP32 else 8192,
+        null_index=-1 if state is FP32 else 0, device="cuda",
+    )  # fmt: skip
+    if batch == 1:  # contiguous whatever its stride, which CuTe looks at
+        wide = case.args["start_rows"].repeat(4).view(4, 1).t()
+        case.args["start_rows"] = wide[:, 0].as_strided((1,), (4,))
+    check(backend_function(backend, "verify"), case, precision="io", zero_padding=False)
+
+
+def test_flashinfer_bf16_padding_is_left_to_the_scratch_row(backend_function):
+    """Without the launch that zeroes it: S_0 q, which is zero for what conv_prologue leaves for padding."""
+    case = cases.decode_case(7, QWEN, BF16, BF16, page_tail=8192, null_index=0, padding=(2, 6), device="cuda")
+    pool, state = case.pools["state"], case.pools["state"].clone().view
+    state[0] = 1.0
+    for name in ("q", "k", "v"):
+        case.args[name][[2, 6]] = 0
+    out = torch.full(case.outputs["out"][0], float("nan"), dtype=BF16, device="cuda")
+    backend_function("flashinfer", "decode")(**case.args, state=state, out=out, zero_padding=False)
+    assert bool((out[[2, 6]] == 0).all()) and bool(torch.isfinite(out).all()) and bool(torch.isfinite(state[0]).all())
+    live = torch.zeros(len(state), dtype=torch.bool)
+    live[case.args["state_indices"][case.live.nonzero()[:, 0]].cpu().long()] = True
+    untouched = ~live
+    untouched[0] = False
+    assert torch.equal(state[untouched].isnan(), pool.view[untouched].isnan())
+
+
+@pytest.mark.parametrize(
+    ("backend", "op", "state_dtype"),
+    [
+        *[("triton", op, FP32) for op in ("prefill", "decode", "fused_decode", "verify")],
+        *[("flashinfer", op, state) for op in ("prefill", "decode") for state in (FP32, BF16)],
+    ],
+    ids=ids,
+)
+def test_pool_past_int32_offsets(backend_function, backend, op, state_dtype):
     """Rows whose offset is past 2^31 elements: a 32-bit product would wrap to another row."""
     from gdn_plugin.bench.shapes import Shape
     from gdn_plugin.bench.workload import make_workload
@@ -150,30 +189,30 @@ def test_triton_pool_past_int32_offsets(backend_function, op):
     layer = Shape("large", 4, 32, 128, 128)
     rows = 2**31 // (32 * 128 * 128) + 40
     lens = (65, 3) if op == "prefill" else (3, 2) if op == "verify" else (1, 1)
-    w = make_workload(layer, lens, device="cuda", rows=rows, page_tail=0)
+    w = make_workload(layer, lens, device="cuda", state_dtype=state_dtype, rows=rows, page_tail=0)
     far = torch.tensor([rows - 2, rows - 1], dtype=torch.int32, device="cuda")
     near = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
     spec = {"far": far[:, None] - torch.tensor([0, 4, 8], dtype=torch.int32, device="cuda"),
             "near": near[:, None] + torch.tensor([0, 4, 8], dtype=torch.int32, device="cuda")}  # fmt: skip
-    start = torch.randn(2, *w.state.shape[1:], device="cuda")
+    start = torch.randn(2, *w.state.shape[1:], device="cuda").to(state_dtype)
     outs, states = [], []
     for name, index in (("far", far), ("near", near)):
         w.state[index.long()] = start
         w.conv_state.zero_()
         out = torch.zeros_like(w.out)
         gates = (w.a, w.b, w.A_log, w.dt_bias, w.state)
-        function = backend_function("triton", op)
+        function = backend_function(backend, op)
         if op == "prefill":
-            function(w.q, w.k, w.v, w.g, w.beta, w.state, index, w.cu_seqlens, None, w.scale, False, False, 0, -1, out,
+            function(w.q, w.k, w.v, w.g, w.beta, w.state, index, w.cu_seqlens, None, w.scale, False, False, 0, 0, out,
                      None, None, 0, False)  # fmt: skip
         elif op == "decode":
-            function(w.q, w.k, w.v, *gates, index, w.scale, True, -1, out, False)
+            function(w.q, w.k, w.v, *gates, index, w.scale, True, 0, out, False)
         elif op == "fused_decode":
             function(w.mixed_qkv, w.conv_weight, None, w.conv_state, *gates, index, 4, 128, 128, w.scale, None, None,
                      1e-6, "silu", -1, out, False)  # fmt: skip
         else:
             ones = torch.ones(2, dtype=torch.int32, device="cuda")
-            function(w.q, w.k, w.v, *gates, spec[name], ones, w.cu_seqlens, w.scale, True, -1, out, False)
+            function(w.q, w.k, w.v, *gates, spec[name], ones, w.cu_seqlens, None, w.scale, True, -1, out, False)
         outs.append(out)
         states.append(w.state[index.long()].clone())
     assert torch.equal(outs[0], outs[1]) and torch.equal(states[0], states[1])

@@ -1,4 +1,4 @@
-"""`run_engine` with a witness inside: also reports which ops ran, on what kinds of batches, and kernels compiled late.
+"""`run_engine` with a witness inside: which kinds of batches ran, kernels compiled late, what torch.compile did.
 
 Run as a script in place of examples/run_engine.py; the engine core must be in this process.
 """
@@ -50,6 +50,10 @@ def main() -> None:
     layer.GdnPluginAttention._metadata = noticed  # type: ignore[method-assign]
     result = run_engine.run_job(json.loads(Path(job_file).read_text()))
     result["seen"] = dict(seen)
+    from torch._dynamo.utils import counters
+
+    result["graph_breaks"] = dict(counters["graph_break"])
+    result["compiled_graphs"] = counters["inductor"]["fxgraph_cache_miss"]
     result["compiled_while_serving"] = compiled[-1] - compiled[0] if compiled else 0
     Path(result_file).write_text(json.dumps(result))
 

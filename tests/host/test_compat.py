@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,17 @@ def test_unpacked_hosts_fit() -> None:
     for root in roots:
         assert compat.contract(root) == [], root
         assert compat.version_problem(compat.version_of(compat.package_root(root))) is None
+
+
+def test_the_table_in_the_readme_names_tests_that_exist() -> None:
+    root = Path(__file__).parents[2]
+    rows = [line for line in (root / "README.md").read_text().splitlines() if "::" in line and line.startswith("| ")]
+    assert len(rows) > 15
+    for row in rows:
+        named = re.findall(r"`(\w+)::(\w+)`", row.rsplit("|", 2)[1])
+        assert named, row
+        for file, name in named:
+            assert re.search(rf"def test_{name}\(", (root / "tests" / "host" / f"test_{file}.py").read_text()), name
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu", "0.33.0rc1.dev7+g1234567", "0.33"])

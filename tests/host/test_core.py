@@ -18,11 +18,13 @@ from tests.tolerances import tolerance
 
 HK, HV, K, V, W = 2, 4, 64, 64, 4
 DIM = 2 * HK * K + HV * V
-ROWS = 24
+ROWS = 66
 SPEC = 4  # tokens of a speculative row
 CLOSE = tolerance("prefill", torch.float32, torch.float32)
 
 BACKENDS = ["reference", "torch", "cpu"]
+# vLLM's own list for up to 64 sequences: 1, 2, 4, then every 8.
+CAPTURED_SIZES = (1, 2, 4, *range(8, 65, 8))
 
 
 @dataclass
@@ -155,6 +157,43 @@ def test_padding_rows_touch_nothing(world: World) -> None:
     before = world.pages[~used].clone()
     world.step(Step([Row(one, 1), Row(two, 1)], pad_requests=3, pad_tokens=3))
     assert torch.equal(bits(world.pages[~used]), bits(before))
+
+
+@pytest.mark.parametrize("size", CAPTURED_SIZES)
+def test_padded_decodes_leave_real_rows_as_they_are(world: World, size: int) -> None:
+    """Every size that the host captures a graph of: whatever padding holds, real rows get the same bits.
+
+    Also the bits of the unpadded batch, where a backend's own kernel takes each row by itself; PyTorch's matmuls round
+    by the size of the batch.
+    """
+    count = max(1, size - 3)
+    requests = [world.request([row + 1], 2) for row in range(count)]
+    for request in requests:
+        request.done = 1
+    start = torch.randn(world.pages.shape, generator=world.generator)
+    x, a, b, z = (world.randn(size, width) for width in (DIM, HV, HV, HV * V))
+
+    def run(padding: int, filler: float) -> tuple[Tensor, Tensor]:
+        world.pages.copy_(start)
+        for tensor in (x, a, b, z):
+            tensor[count:] = filler
+        step = Step([Row(request, 1) for request in requests], pad_requests=padding, pad_tokens=padding)
+        n = count + padding
+        out = torch.zeros(n, HV, V)
+        gated = GatedNorm(z[:n].unflatten(1, (HV, V)), world.norm_weight, 1e-6, "silu", world.apply_norm)
+        batch = batch_of(build_metadata(step, SPEC), W - 1)
+        world.core.run(batch, x[:n], a[:n], b[:n], world.parameters, out, gated)
+        return out[:count], world.pages.clone()
+
+    alone, padded, poisoned = run(0, 0.0), run(size - count, 1.0), run(size - count, float("nan"))
+    assert torch.isfinite(alone[0]).all() and not torch.equal(alone[1], start)
+    native = world.core.selection.backends()["fused_decode"] == "cpu"
+    for of_alone, of_padded, of_poisoned in zip(alone, padded, poisoned, strict=True):
+        assert torch.equal(bits(of_padded), bits(of_poisoned))
+        assert torch.equal(bits(of_alone), bits(of_padded)) or not native
+        assert_close("padded", of_padded, of_alone, CLOSE)
+    untouched = [0, *range(count + 1, ROWS)]  # the null block, which padding names, and rows of nobody
+    assert torch.equal(bits(poisoned[1][untouched]), bits(start[untouched]))
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["core", "norm"])

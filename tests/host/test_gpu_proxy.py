@@ -1,8 +1,9 @@
 """The GPU's path on a machine without one: fake tensors, a simulated platform, launches counted.
 
-Fake tensors have no values, so whatever would wait for the device (item, tolist, nonzero) raises, and a copy to
-another device or dtype is an op that the lists below do not have. A torch without CUDA computes on no CUDA tensors, so
-they stand on the CPU; the backends are chosen for the simulated platform.
+Whatever would wait for the device (item, tolist, nonzero, cpu, ...) raises, by `NoWaiting` where it is called and by
+the fake tensors, which have no values, where it is not; a copy to another device or dtype is an op that the lists below
+do not have. A torch without CUDA computes on no CUDA tensors, so they stand on the CPU and deny it; the backends are
+chosen for the simulated platform.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gdn_plugin.hosts.vllm.core import Core, GatedNorm, Parameters, Shape
-from gdn_plugin.hosts.vllm.metadata import batch_of
+from gdn_plugin.hosts.vllm.metadata import Batch, batch_of
 from gdn_plugin.ops import dispatch
 from gdn_plugin.registry import Platform, select
 from tests.host.steps import Request, Row, Step, build_metadata
@@ -47,10 +49,28 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoWaiting(TorchFunctionMode):
+    """Raises where Python asks a tensor for its values, or a device to finish."""
+
+    WAITS = frozenset(
+        [
+            *("item", "tolist", "numpy", "cpu", "nonzero", "argwhere", "masked_select", "unique", "equal", "allclose"),
+            *("is_nonzero", "__bool__", "__int__", "__float__", "__index__", "__array__", "synchronize"),
+        ]
+    )
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in self.WAITS:
+            raise AssertionError(f"{name} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.fixture(params=["sm_90", "sm_100", "sm_120"])
 def platform(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
     found = Platform.simulated(request.param, cuda="13.0", packages=PACKAGES)
     monkeypatch.setattr(dispatch, "probe", lambda device=None: found)
+    monkeypatch.setattr(FakeTensor, "is_cpu", False)
     dispatch.forget()
     yield found
     dispatch.forget()
@@ -67,13 +87,30 @@ MIXED = Step([Row(request(1, 9), 1), Row(request(4, 2), 1), Row(request(7, 0), 1
 SPECULATIVE = Step([Row(request(1, 9), 2, 1), Row(request(4, 2), 1, 0)])
 
 
-def launches(platform: Platform, step: Step, requests: dict[str, str] | None = None, norm: bool = False) -> list[str]:
-    """What one layer launches for a step whose metadata another layer has translated."""
-    shape = Shape("bfloat16", "float32", HK, HV, K, V, W, spec_tokens=SPEC, checkpoints=True)
-    core = Core(shape, select(platform, shape.problems(), requests))
+def launches(
+    platform: Platform,
+    step: Step,
+    requests: dict[str, str] | None = None,
+    norm: bool = False,
+    state_dtype: str = "float32",
+    runs: tuple[int, ...] = (0,),
+    column: bool = False,
+) -> list[str]:
+    """What layers launch for a step whose metadata another layer has translated.
+
+    Args:
+        runs: which layer runs when; by default one layer once.
+        column: the row numbers are a column of a wider block table.
+    """
+    shape = Shape("bfloat16", state_dtype, HK, HV, K, V, W, spec_tokens=SPEC, checkpoints=True)
+    cores = [Core(shape, select(platform, shape.problems(), requests)) for _ in range(max(runs) + 1)]
     metadata = build_metadata(step, SPEC)
     if metadata.nums_dict is not None:  # stays on the CPU in the host too
         metadata.nums_dict = {8: {"nums": metadata.nums_dict[8]["nums"].numpy()}}
+    if column:
+        for name in ("non_spec_state_indices_tensor", "prefill_state_indices"):
+            rows = getattr(metadata, name)
+            setattr(metadata, name, None if rows is None else torch.stack((rows, rows), 1)[:, 0])
     tokens = metadata.num_actual_tokens
     with FakeTensorMode(allow_non_fake_inputs=False) as fake:
 
@@ -85,7 +122,8 @@ def launches(platform: Platform, step: Step, requests: dict[str, str] | None = N
                 setattr(holder, name, put(value))
         width = W - 1 + SPEC - 1
         pages = torch.empty(ROWS, DIM * width + 2 * HV * V * K + 512, dtype=torch.bfloat16)
-        state = pages[:, DIM * width : DIM * width + 2 * HV * V * K].view(torch.float32).unflatten(1, (HV, V, K))
+        state = pages[:, DIM * width : DIM * width + 2 * HV * V * K].view(getattr(torch, state_dtype))
+        state = state[:, : HV * V * K].unflatten(1, (HV, V, K))
         parameters = Parameters(
             conv_weight=torch.empty(DIM, W, dtype=torch.bfloat16),
             conv_bias=None,
@@ -102,10 +140,32 @@ def launches(platform: Platform, step: Step, requests: dict[str, str] | None = N
             weight = torch.empty(V, dtype=torch.bfloat16)
             z = qkvz[:, DIM:].unflatten(1, (HV, V))
             gated = GatedNorm(z, weight, 1e-6, "silu", lambda x, z: None)
-        batch = batch_of(metadata, W - 1)
-        with Launches() as counted:
-            core.run(batch, qkvz[:, :DIM], ba[:, HV:], ba[:, :HV], parameters, out, gated)
+        with NoWaiting():
+            batch = batch_of(metadata, W - 1)
+        with NoWaiting(), Launches() as counted:
+            for layer in runs:
+                cores[layer].run(batch, qkvz[:, :DIM], ba[:, HV:], ba[:, :HV], parameters, out, gated)
     return counted.names
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x.tolist(),
+        lambda x: x.nonzero(),
+        lambda x: x.cpu(),
+        lambda x: x.numpy(),
+        lambda x: bool(x.any()),
+        lambda x: int(x[0]),
+        lambda x: [0, 1, 2][x[0]],
+        lambda x: torch.equal(x, x),
+    ],
+    ids=["item", "tolist", "nonzero", "cpu", "numpy", "bool", "int", "index", "equal"],
+)
+def test_the_guard_against_waiting_bites(waits: Any) -> None:
+    with NoWaiting(), pytest.raises(AssertionError, match="waits for the device"):
+        waits(torch.tensor([1, 2, 0]))
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["core", "norm"])
@@ -126,6 +186,47 @@ def test_launches_of_a_layer(platform: Platform, step: Step, expected: list[str]
 @pytest.mark.parametrize("prefill", ["triton", "flashinfer"])
 def test_a_named_prefill_is_two_launches_too(platform: Platform, prefill: str) -> None:
     assert launches(platform, PREFILL, {"prefill": prefill}) == ["conv_prologue", "prefill"]
+
+
+FLASHINFER = {"prefill": "flashinfer", "decode": "flashinfer"}
+DECODED = ["conv_prologue", "decode"]
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["core", "norm"])
+def test_a_layer_on_flashinfers_decode_is_two_launches(platform: Platform, norm: bool) -> None:
+    """An fp32 pool's padding is brought to FlashInfer's -1 in one launch a step, by whichever layer is first."""
+    steps = launches(platform, DECODE, FLASHINFER, norm, runs=(0, 1, 2))
+    assert steps == ["conv_prologue", "aten::threshold", "decode", *DECODED, *DECODED]
+    assert launches(platform, DECODE, FLASHINFER, norm, "bfloat16", runs=(0, 1, 2)) == DECODED * 3
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "wanted", "null_index"), [("float32", [5, -1, 7, -1], -1), ("bfloat16", [5, 0, 7, 0], 0)]
+)
+def test_padding_is_named_as_flashinfers_decode_reads_it(
+    platform: Platform, state_dtype: str, wanted: list[int], null_index: int
+) -> None:
+    shape = Shape("bfloat16", state_dtype, HK, HV, K, V, W)
+    core = Core(shape, select(platform, shape.problems(), FLASHINFER))
+    table = torch.tensor([[5, 9], [0, 9], [7, 9], [0, 9]], dtype=torch.int32)
+    rows, padding = core._decode_rows(Batch(4), table[:, 0])
+    assert (rows.tolist(), rows.dtype, rows.stride(), padding) == (wanted, torch.int32, (1,), null_index)
+
+
+def test_another_run_over_the_same_metadata_makes_its_own_rows(platform: Platform) -> None:
+    """As a CUDA graph's capture does, on the metadata of the run before it."""
+    run = ["conv_prologue", "aten::threshold", "decode", *DECODED]
+    assert launches(platform, DECODE, FLASHINFER, runs=(0, 1, 0, 1)) == run * 2
+
+
+def test_a_column_of_a_block_table_is_copied_once_a_step(platform: Platform) -> None:
+    step = Step([*MIXED.rows, Row(request(10, 0), 3)])
+    names = launches(platform, step, FLASHINFER, False, "bfloat16", runs=(0, 1), column=True)
+    layer = [*DECODED, "conv_prologue", "prefill"]
+    assert [name for name in names if name != "aten::clone"] == layer * 2
+    assert names.count("aten::clone") == 2  # decode's rows and prefill's
+    triton = dict.fromkeys(FLASHINFER, "triton")
+    assert "aten::clone" not in launches(platform, step, triton, runs=(0, 1), column=True)
 
 
 def test_speculative_rows_beside_prefills_only_add_gathers(platform: Platform) -> None:

@@ -146,10 +146,27 @@ def test_both_layouts_are_transformers(vllm_config: Any, pair: tuple[Any, Any]) 
             row.request.done += row.count
 
 
-def test_the_layout_decides_the_way(pair: tuple[Any, Any]) -> None:
-    """The flat layout takes the packed op, whose decode is one launch with the norm; interleaved cannot."""
+def test_both_layouts_take_the_packed_op(pair: tuple[Any, Any]) -> None:
+    """On a CPU: a decode step is one call with its norm, and a prefill's norm is the native one."""
     layer, _ = pair
-    assert layer._gdn_packed is not layer.gqa_interleaved_layout
+    assert layer._gdn_packed
+
+
+def test_replicated_gates_are_cut_to_the_rank(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host keeps in_proj_ba whole on every rank of a quantised Qwen3.5 on CUDA (`disable_tp_for_ba_proj`)."""
+    layer, _ = pair
+    if layer.gqa_interleaved_layout:
+        assert not layer.disable_tp_for_ba_proj
+        return
+    heads = layer.num_v_heads
+    monkeypatch.setattr(layer, "tp_size", 2)
+    monkeypatch.setattr(layer, "tp_rank", 1)
+    monkeypatch.setattr(layer, "disable_tp_for_ba_proj", True)
+    qkvz = torch.randn(5, (2 * layer.key_dim + 2 * layer.value_dim) // 2)
+    ba = torch.randn(5, 2 * heads)
+    mixed_qkv, z, b, a = layer._split_projections(qkvz, ba)
+    assert torch.equal(b, ba[:, heads // 2 : heads]) and torch.equal(a, ba[:, heads + heads // 2 :])
+    assert mixed_qkv.shape[1] == layer._qkv_size() and z.shape == (5, heads // 2, layer.head_v_dim)
 
 
 @pytest.mark.parametrize(
@@ -250,3 +267,32 @@ def test_idle_steps_and_the_profile_run_warm_up_once(vllm_config: Any, pair: tup
     assert layer._gdn_warm and torch.isfinite(out).all()
     for pool, was in zip(layer.kv_cache, before, strict=True):
         assert torch.equal(pool, was)  # on pools of its own
+
+
+def test_binding_the_pools_compiles_for_them(
+    vllm_config: Any, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vLLM's own way of handing pools over; on a CPU that compiles nothing and leaves the pools alone."""
+    from vllm.forward_context import get_forward_context, set_forward_context
+    from vllm.v1.worker.utils import bind_kv_cache_to_layers
+
+    from gdn_plugin import ops
+    from gdn_plugin.hosts.vllm import layer as layer_module
+
+    layer, _ = pair
+    before = layer.kv_cache
+    row_bytes = sum(pool[0].numel() * pool.itemsize for pool in before)
+    pages = torch.ones(5, 1, 1, row_bytes + 512, dtype=torch.int8)
+    compiled, bound = ops.compile_count(), []
+    real = layer_module.warm_up_pool
+    monkeypatch.setattr(layer_module, "warm_up_pool", lambda *given: (bound.append(given), real(*given)))
+    try:
+        with set_forward_context(None, vllm_config):
+            bind_kv_cache_to_layers({layer.prefix: pages}, get_forward_context().no_compile_layers)
+        _, state = layer.kv_cache
+        assert state.shape[1:] == layer.get_state_shape()[1] and state.stride(0) * state.itemsize == pages.stride(0)
+        ((core, pool),) = bound
+        assert core is layer._gdn_core and pool is state
+        assert ops.compile_count() == compiled and bool((pages == 1).all())
+    finally:
+        layer.kv_cache = before

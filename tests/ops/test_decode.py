@@ -42,6 +42,7 @@ VERIFY = {
     "empty and padding": {"lens": (3, 0, 2), "padding": (2,)},
     "null block 0": {"lens": (3, 2), "padding": (0,), "null_index": 0, "pad_tokens": 3},
     "only padding": {"lens": (3, 2), "padding": (0, 1)},
+    "start rows": {"start_rows": True, "padding": (2,)},
     "strided": {"gap": 3, "index_stride": 3},
     "ratio 8": {"heads": Heads(2, 16, 8, 8)},
     "ratio 3, K < V": {"heads": Heads(1, 3, 8, 24), "offsets_dtype": torch.int64},

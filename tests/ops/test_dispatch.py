@@ -125,6 +125,7 @@ def made_up(monkeypatch):
     module.decode = lambda *args: None
     module.compile_count = lambda: len(module.warmed)
     module.warm_up = module.warmed.append
+    module.warm_up_pool = lambda problem, pool: module.warmed.append((problem, pool))
     monkeypatch.setitem(sys.modules, "made_up_backend", module)
     row = Backend("made_up", "made_up_backend:decode")
     monkeypatch.setattr(dispatch, "rows", lambda op: (row,))
@@ -144,8 +145,15 @@ def test_warm_up_and_compile_count(made_up):
     assert ops.compile_count() == before + 1
 
 
+def test_warm_up_with_a_pool_is_a_hook_of_its_own(made_up):
+    pool = torch.zeros(1)
+    assert ops.warm_up(PROBLEM, "made_up", pool=pool) == "made_up"
+    assert made_up.warmed == [(PROBLEM, pool)]
+
+
 def test_warm_up_of_a_backend_without_kernels():
     assert ops.warm_up(PROBLEM, "torch") == "torch"
+    assert ops.warm_up(PROBLEM, "torch", pool=torch.zeros(1)) == "torch"
 
 
 def test_a_second_call_is_a_dictionary_lookup(monkeypatch):

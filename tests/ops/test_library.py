@@ -38,6 +38,8 @@ def test_opcheck(op, variant):
 def test_opcheck_with_checkpoints_and_speculation():
     prefill = cases.prefill_case((130, 64), checkpoint_every=64)
     torch.library.opcheck(torch.ops.gdn.prefill.default, op_args(prefill, "torch"))
+    verify = cases.verify_case((2, 0, 3), start_rows=True)
+    torch.library.opcheck(torch.ops.gdn.verify.default, op_args(verify, "torch"))
     rows = cases.conv_prologue_case((2, 3), accepted=(1, 2), state_dtype=None)
     torch.library.opcheck(torch.ops.gdn.conv_prologue.default, op_args(rows, "torch"))
 

@@ -27,8 +27,8 @@ ARGUMENTS = {
     "decode": "q k v a b A_log dt_bias state state_indices scale use_qk_l2norm null_index out zero_padding",
     "fused_decode": "mixed_qkv conv_weight conv_bias conv_state a b A_log dt_bias state state_indices num_k_heads "
     "head_k_dim head_v_dim scale z norm_weight norm_eps gate null_index out zero_padding",
-    "verify": "q k v a b A_log dt_bias state state_indices num_accepted_tokens cu_seqlens scale use_qk_l2norm "
-    "null_index out zero_padding",
+    "verify": "q k v a b A_log dt_bias state state_indices num_accepted_tokens cu_seqlens start_rows scale "
+    "use_qk_l2norm null_index out zero_padding",
 }
 EVERY_ROW = [(op, name) for op, names in NAMES.items() for name in names]
 
@@ -137,16 +137,27 @@ class TestFlashInfer:
         assert reasons_against_running(platform, problem()) == ()
 
     def test_an_older_one_copies_and_says_so(self, problem):
-        older = {"packages": {"flashinfer-python": "0.6.14"}, "features": {"flashinfer.prefill.state_indices": None}}
-        choice = choose(Platform.simulated("sm_100", **older), problem())
+        older = Platform.simulated("sm_100", packages={"flashinfer-python": "0.6.14"})
+        choice = choose(older, problem())
         assert choice.name == "flashinfer"
         assert "[copying: needs flashinfer-python >= 0.7 for in-place state]" in choice.describe()
         assert "copying" not in choose(Platform.simulated("sm_100"), problem()).describe()
+        asked = {"flashinfer.prefill.state_indices": "yes"}  # a fork or a nightly with an old number
+        told = Platform.simulated("sm_100", packages={"flashinfer-python": "0.6.14"}, features=asked)
+        assert "copying" not in choose(told, problem()).describe()
+        assert "which was not found" in reasons_against_running(older, problem("decode"))[0]
 
     def test_checkpoints_need_their_argument(self, problem):
         without = Platform.simulated("sm_100", features={"flashinfer.prefill.checkpoints": None})
         assert "state_checkpoints" in reasons_against_running(without, problem(checkpoints=True))[0]
         assert reasons_against_running(without, problem()) == ()
+
+    def test_checkpoints_of_bf16_states_need_them_in_place(self, problem):
+        older = Platform.simulated("sm_90", packages={"flashinfer-python": "0.6.14"})
+        (reason,) = reasons_against_running(older, problem(checkpoints=True, state_dtype="bfloat16"))
+        assert reason.startswith("needs flashinfer-python >= 0.7 for checkpoints of bfloat16 states")
+        assert reasons_against_running(older, problem(checkpoints=True)) == ()
+        assert reasons_against_running(older, problem(state_dtype="bfloat16")) == ()
 
     def test_all_reasons_are_collected(self, problem):
         platform = Platform.simulated("sm_100", cuda="12.8", packages={"nvidia-cutlass-dsl": None})
@@ -172,6 +183,14 @@ class TestFlashInfer:
         assert found == ("needs a dense state pool where state is float32; this pool's rows are padded",)
         bf16 = problem("verify", padded_pool=True, state_dtype="bfloat16")
         assert reasons_against_running(Platform.simulated("sm_100"), bf16) == ()
+
+    def test_verify_takes_no_ragged_batches(self, problem):
+        ragged = problem("verify", state_dtype="bfloat16", max_spec_tokens=4, ragged=True)
+        (reason,) = reasons_against_running(Platform.simulated("sm_100"), ragged)
+        assert reason.startswith("needs as many tokens of every sequence")
+        assert choose(Platform.simulated("sm_100"), ragged).name == "triton"
+        with pytest.raises(NoBackendError, match="its batches are ragged"):
+            choose(Platform.simulated("sm_100"), ragged, "flashinfer")
 
 
 @pytest.mark.usefixtures("complete_build")

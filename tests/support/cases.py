@@ -338,8 +338,9 @@ def conv_prologue_case(
     tokens, hv = used + pad_tokens, heads.v_heads
     args = _conv_inputs(gen, tokens, heads, io_dtype, device, gap, width, bias, gate_dtype)
     a, b, A_log = _gate_inputs(gen, tokens, hv, gate_dtype, device, gap)
+    live = _live_tokens(lens, tokens, padding)
     for x in (args["mixed_qkv"], a, b):
-        x[used:] = float("nan")
+        x[~live.to(device)] = float("nan")
 
     rows = _rows(gen, batch, batch + 3, null_index)
     active = [i for i in range(batch) if i not in padding and lens[i] > 0]
@@ -384,8 +385,7 @@ def conv_prologue_case(
         "g": ((tokens, hv), torch.float32),
         "beta": ((tokens, hv), torch.float32),
     }
-    # Tokens of a padding sequence are computed (with zero history), so they are compared too.
-    return Case("conv_prologue", io_dtype, args, pools, written, outputs, _live_tokens(lens, tokens, ()))
+    return Case("conv_prologue", io_dtype, args, pools, written, outputs, live)
 
 
 def fused_decode_case(
@@ -453,6 +453,7 @@ def verify_case(
     *,
     slots: int = 4,
     accepted: Sequence[int] | None = None,
+    start_rows: bool = False,
     padding: Sequence[int] = (),
     pad_tokens: int = 0,
     page_tail: int = 24,
@@ -465,7 +466,10 @@ def verify_case(
     device: str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Speculative tokens, S = slots rows a sequence; `accepted` defaults to 1, 2, ... in turn."""
+    """Speculative tokens, S = slots rows a sequence; `accepted` defaults to 1, 2, ... in turn.
+
+    start_rows: hand over the rows to start from, beside a num_accepted_tokens that must not be read.
+    """
     gen = _generator(seed)
     gate_dtype = gate_dtype or io_dtype
     batch, used, hv = len(lens), sum(lens), heads.v_heads
@@ -482,13 +486,17 @@ def verify_case(
     _fill_state(gen, state, [int(rows[i, accepted[i] - 1]) for i in live])
     written = _row_mask(state, [int(rows[i, t]) for i in live for t in range(lens[i])])
     rows[list(padding)] = null_index
+    starts = None
+    if start_rows:
+        starts = rows.gather(1, torch.tensor(accepted).view(-1, 1) - 1)[:, 0].to(device, torch.int32)
+        accepted = [99] * batch
     wide = torch.full((batch, slots + index_stride - 1), -(2**31), dtype=torch.int32)
     wide[:, :slots] = rows.to(torch.int32)
     args = {
         "q": q, "k": k, "v": v, "a": a, "b": b, "A_log": A_log, "dt_bias": _normal(gen, hv).to(device, gate_dtype),
         "state_indices": wide.to(device)[:, :slots],
         "num_accepted_tokens": torch.tensor(accepted, dtype=torch.int32, device=device),
-        "cu_seqlens": _offsets(lens, device, offsets_dtype), "scale": heads.k_dim**-0.5,
+        "cu_seqlens": _offsets(lens, device, offsets_dtype), "start_rows": starts, "scale": heads.k_dim**-0.5,
         "use_qk_l2norm": use_qk_l2norm, "null_index": null_index,
     }  # fmt: skip
     outputs = {"out": ((tokens, hv, heads.v_dim), io_dtype)}

@@ -3,7 +3,7 @@
 `check(function, case)` fails where: a live output or a written pool element is out of tolerance (tests/tolerances.py)
 or still poisoned; any other bit of a pool's storage (other rows, page tails, columns past the written ones) changed; an
 input changed; a byte around an output buffer changed; padding rows of a returning op are not zero, or those of an
-`_out` op are neither zero nor as they were.
+`_out` op are neither zero nor as they were; padding tokens of conv_prologue differ from the reference's zeros.
 """
 
 from __future__ import annotations

@@ -60,11 +60,11 @@ def test_one_launch():
 @pytest.mark.parametrize("V", [64, 128, 256])
 @pytest.mark.parametrize("num_heads", [1, FEW_HEADS, 10 * FEW_HEADS])
 def test_configurations_divide_a_head(K, V, num_heads):
-    config = decode_config(num_heads, K, V)
+    config = decode_config(90, FP32, num_heads, K, V)
     assert V % config.block_v == 0
     assert config.block_v * K <= 64 * 32 * config.num_warps  # state values a thread holds
 
 
 def test_batch_one_fills_a_gpu():
     """32 heads of 128x128 have to spread over at least the 148 multiprocessors of a B200."""
-    assert 32 * 128 // decode_config(32, 128, 128).block_v >= 148
+    assert 32 * 128 // decode_config(90, FP32, 32, 128, 128).block_v >= 148

@@ -36,6 +36,8 @@ def test_verify_rows(width, padding):
     assert start.tolist() == [held[0, 0].item(), padding, held[2, width - 1].item(), padding]
     assert table.tolist() == [held[0].tolist(), [0] * width, held[2].tolist(), [0] * width]
     assert table.is_contiguous()
+    given = rows.verify_rows(held, int32(99, 99, 99, 99), offsets, 0, padding, int32(7, 0, 8, 9))
+    assert given[0].tolist() == [7, padding, 8, padding] and torch.equal(given[1], table)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -25,7 +25,7 @@ def counters_are_left_zero():
         assert not bool(region.any()), "a launch left a counter behind; the next one would miscount"
 
 
-@pytest.mark.parametrize("heads", [(1, 1), (2, 4), (1, 3), (1, 8)], ids=lambda x: "x".join(map(str, x)))
+@pytest.mark.parametrize("heads", [(1, 1), (2, 4), (1, 3), (2, 12), (1, 8)], ids=lambda x: "x".join(map(str, x)))
 @pytest.mark.parametrize("block_v", [16, 64], ids=["split", "whole"])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 def test_groups_and_splits(heads, block_v, norm):
@@ -73,8 +73,9 @@ def test_one_launch():
 @pytest.mark.parametrize("K", [64, 128, 256])
 @pytest.mark.parametrize("V", [64, 128, 256])
 @pytest.mark.parametrize("num_heads", [1, 10 * FEW_HEADS])
-def test_configurations_divide_a_head(K, V, num_heads):
-    config = fused_decode_config(num_heads, K, V)
+@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=str)
+def test_configurations_divide_a_head(K, V, num_heads, state_dtype):
+    config = fused_decode_config(90, state_dtype, num_heads, K, V)
     assert V % config.block_v == 0
     assert config.block_v * K <= 64 * 32 * config.num_warps
 

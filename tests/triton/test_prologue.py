@@ -35,7 +35,7 @@ def test_more_sequences_than_one_search_tile():
     check(conv_prologue, case)
 
 
-@pytest.mark.parametrize("config", [*prologue_configs(), PrologueConfig(2, 4, 1)], ids=str)
+@pytest.mark.parametrize("config", [*prologue_configs(90, torch.bfloat16, 128, 128), PrologueConfig(2, 4, 1)], ids=str)
 def test_configurations(config):
     case = conv_prologue_case((37, 5, 70), SMALL, fresh=(1,), pad_tokens=20)
     check(partial(conv_prologue_with_config, config=config), case)
@@ -108,6 +108,6 @@ def test_one_launch(pad_tokens):
 
 
 def test_short_blocks_for_short_sequences():
-    short, long = prologue_configs()
-    assert prologue_config(256, 64) == short
-    assert prologue_config(8192, 1) == long
+    short, long = prologue_configs(90, torch.bfloat16, 128, 128)
+    assert prologue_config(90, torch.bfloat16, 128, 128, 256, 64) == short
+    assert prologue_config(90, torch.bfloat16, 128, 128, 8192, 1) == long

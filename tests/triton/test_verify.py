@@ -56,6 +56,11 @@ def test_padding_and_strides(zero_padding, null_index, offsets_dtype):
     check(verify, case, zero_padding=zero_padding)
 
 
+@pytest.mark.parametrize("null_index", [-1, 0])
+def test_start_rows_take_the_place_of_the_look_up(null_index):
+    check(verify, verify_case((2, 3, 0, 4), SMALL, start_rows=True, padding=(1,), null_index=null_index))
+
+
 @pytest.mark.parametrize("block_v", [8, 64])
 def test_any_split_of_a_head(block_v):
     check(partial(verify_with_config, config=TileConfig(block_v, 4)), verify_case((2, 1), SMALL))

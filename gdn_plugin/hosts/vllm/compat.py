@@ -135,6 +135,13 @@ NEEDS: tuple[Need, ...] = (
     ),
     Need("vllm.model_executor.layers.mamba.abstract", "MambaBase", "the conv and state pools", fields=("kv_cache",)),
     Need(
+        "vllm.model_executor.layers.mamba.abstract",
+        "MambaBase",
+        "overridden: hands the layer its pools",
+        "bind_kv_cache",
+        parameters=("self", "kv_cache"),
+    ),
+    Need(
         "vllm.v1.kv_cache_interface",
         "MambaSpec",
         "prefill checkpoints",

@@ -2,7 +2,7 @@
 
 A prefill part is two launches (conv_prologue, prefill), a decode part one (fused_decode, with the gated norm behind it
 where the caller hands that over) or two where the decode backend has no fused kernel, a speculative part two
-(conv_prologue, verify).
+(conv_prologue, verify). What FlashInfer's kernels want of row numbers is made once a step, by the first layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import ops
-from gdn_plugin.hosts.vllm.metadata import NULL_INDEX, Batch, DecodePart, PrefillPart, SpecPart
+from gdn_plugin.hosts.vllm.metadata import NULL_INDEX, Batch, Checkpoints, DecodePart, PrefillPart, SpecPart
 from gdn_plugin.registry import Problem, Selection
 
 
@@ -42,7 +42,11 @@ class Shape:
         return 2 * self.num_k_heads * self.head_k_dim + self.num_v_heads * self.head_v_dim
 
     def problems(self) -> dict[str, Problem]:
-        """What the registry is to choose backends for. vLLM's pools are always row-padded: a page holds both states."""
+        """What the registry is to choose backends for.
+
+        vLLM's pools are always row-padded: a page holds both states. Its speculative batches are ragged: drafts end
+        early, at a stop, at the length limit, or where a drafter has no more to say.
+        """
         used = ["conv_prologue", "prefill", "decode", "fused_decode"] + (["verify"] if self.spec_tokens else [])
         return {
             op: Problem(
@@ -56,6 +60,7 @@ class Shape:
                 padded_pool=True,
                 checkpoints=self.checkpoints and op == "prefill",
                 max_spec_tokens=self.spec_tokens if op in ("verify", "conv_prologue") else 0,
+                ragged=op == "verify",
             )
             for op in used
         }
@@ -105,6 +110,7 @@ class Core:
         # FlashInfer's prefill has no mask for fresh sequences and takes exp(g): the prologue zeroes their rows and
         # gives that, in the launch it makes anyway.
         self._flashinfer_prefill = self._backend["prefill"] == "flashinfer"
+        self._native_norm = self._backend["prefill"] == "cpu"
 
     def run(
         self,
@@ -121,17 +127,18 @@ class Core:
         Args:
             mixed_qkv: [T, 2*Hk*K + Hv*V], any row stride; T may exceed the batch's tokens (padding).
             a, b: [T, Hv].
-            out: [T, Hv, V]; rows of padding tokens are left as they are.
+            out: [T, Hv, V]; rows of padding tokens are left as they are, or are zero.
         """
         if batch.decode is not None:
-            self._decode(batch.decode, mixed_qkv, a, b, parameters, out, norm)
+            self._decode(batch, batch.decode, mixed_qkv, a, b, parameters, out, norm)
         if batch.spec is not None:
             self._spec(batch.spec, mixed_qkv, a, b, parameters, out, norm)
         if batch.prefill is not None:
-            self._prefill(batch.prefill, mixed_qkv, a, b, parameters, out, norm)
+            self._prefill(batch, batch.prefill, mixed_qkv, a, b, parameters, out, norm)
 
     def _decode(
         self,
+        batch: Batch,
         part: DecodePart,
         mixed_qkv: Tensor,
         a: Tensor,
@@ -168,6 +175,7 @@ class Core:
         q, k, v, _, _ = self._prologue(
             mixed_qkv[:n], a[:n], b[:n], p, part.state_indices, part.cu_seqlens, None, None, None, exp_gate=False
         )
+        rows, null_index = self._decode_rows(batch, part.state_indices)
         ops.decode(
             q,
             k,
@@ -177,17 +185,18 @@ class Core:
             p.A_log,
             p.dt_bias,
             p.state,
-            part.state_indices,
+            rows,
             use_qk_l2norm=False,
             out=out[:n],
-            null_index=NULL_INDEX,
+            null_index=null_index,
             backend=self._backend["decode"],
         )
         if norm is not None:
-            norm.apply(out[:n], norm.z[:n])
+            self._apply(norm, out[:n], norm.z[:n])
 
     def _prefill(
         self,
+        batch: Batch,
         part: PrefillPart,
         mixed_qkv: Tensor,
         a: Tensor,
@@ -222,7 +231,7 @@ class Core:
             g,
             beta,
             p.state,
-            part.state_indices,
+            self._dense_rows(batch, "prefill", part.state_indices) if zeroed else part.state_indices,
             part.cu_seqlens,
             has_initial_state=None if zeroed else part.has_initial_state,
             use_qk_l2norm=False,
@@ -236,11 +245,11 @@ class Core:
             backend=self._backend["prefill"],
         )
         if kept is not None and emitted is not None:
-            p.state.index_copy_(0, kept.rows, emitted.index_select(0, kept.emitted))
+            _keep_states(p.state, kept, emitted)
             history = mixed_qkv[kept.conv_tokens].transpose(1, 2)
             p.conv_state[:, :, : self.shape.conv_width - 1].index_copy_(0, kept.rows, history.to(p.conv_state.dtype))
         if norm is not None:
-            norm.apply(target, _take(norm.z, part.tokens, part.first, part.count))
+            self._apply(norm, target, _take(norm.z, part.tokens, part.first, part.count))
         if part.tokens is not None:
             out.index_copy_(0, part.tokens, target)
 
@@ -286,9 +295,34 @@ class Core:
             backend=self._backend["verify"],
         )
         if norm is not None:
-            norm.apply(target, _take(norm.z, part.tokens, 0, part.count))
+            self._apply(norm, target, _take(norm.z, part.tokens, 0, part.count))
         if part.tokens is not None:
             out.index_copy_(0, part.tokens, target)
+
+    def _decode_rows(self, batch: Batch, rows: Tensor) -> tuple[Tensor, int]:
+        """Row numbers that the decode backend's kernel takes as they are, and the null index that they go with.
+
+        FlashInfer skips negative rows of an fp32 pool and knows no null block, so padding becomes -1: one launch a step
+        and none a layer. With a bf16 pool it runs padding on row 0, which is the null block.
+        """
+        if self._backend["decode"] != "flashinfer":
+            return rows, NULL_INDEX
+        if self.shape.state_dtype == "float32":
+            return batch.shared.get("decode", self, lambda: torch.threshold(rows, NULL_INDEX, -1)), -1
+        return self._dense_rows(batch, "decode", rows), NULL_INDEX
+
+    def _dense_rows(self, batch: Batch, part: str, rows: Tensor) -> Tensor:
+        """FlashInfer reads row numbers that lie side by side; a column of a wider block table is copied once a step."""
+        return rows if rows.is_contiguous() else batch.shared.get(part, self, rows.contiguous)
+
+    def _apply(self, norm: GatedNorm, x: Tensor, z: Tensor) -> None:
+        """The gated norm of a part without a fused kernel, in place."""
+        if self._native_norm:
+            from gdn_plugin.ops.cpu.gated_norm import gated_norm
+
+            gated_norm(x, z, norm.weight, norm.eps, norm.gate)
+        else:
+            norm.apply(x, z)
 
     def _prologue(
         self,
@@ -325,6 +359,15 @@ class Core:
             null_index=NULL_INDEX,
             backend=self._backend["conv_prologue"],
         )
+
+
+def _keep_states(pool: Tensor, kept: Checkpoints, emitted: Tensor) -> None:
+    """The wanted ones of the emitted states to their pool rows."""
+    if pool.is_cpu:  # row by row: no buffer in between, whose pages a CPU would have to map first
+        for row, source in zip(kept.rows.tolist(), kept.emitted.tolist(), strict=True):
+            pool[row].copy_(emitted[source])
+    else:
+        pool.index_copy_(0, kept.rows, emitted.index_select(0, kept.emitted))
 
 
 def _take(x: Tensor, tokens: Tensor | None, first: int, count: int) -> Tensor:

@@ -29,10 +29,10 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from gdn_plugin import __version__, selfcheck, settings
-from gdn_plugin.hosts.vllm import cpu_copies
+from gdn_plugin.hosts.vllm import compile_cache, cpu_copies
 from gdn_plugin.hosts.vllm.core import Core, GatedNorm, Parameters, Shape
 from gdn_plugin.hosts.vllm.metadata import CHECKPOINT_ALIGNMENT, Batch, batch_of
-from gdn_plugin.hosts.vllm.warm_up import pool_rows, warm_up
+from gdn_plugin.hosts.vllm.warm_up import pool_rows, warm_up, warm_up_pool
 from gdn_plugin.registry import Selection, probe
 
 # Below vLLM's own logger, so that its handlers and its level apply.
@@ -75,10 +75,12 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         )
         self._gdn_core = Core(shape, _resolve(shape, tuple(wanted.items()), current_platform.device_type))
         # The flat layout leaves q, k, v and z side by side: one op takes the projections as they are, and a decode
-        # step is one launch with its norm. Interleaved heads must be sorted first, in the compiled graph.
-        self._gdn_packed = not self.gqa_interleaved_layout and self._norm_is_ours()
+        # step is one launch with its norm. Interleaved heads must be sorted first, on a GPU in the compiled graph; on a
+        # CPU inside the op, where the native norm behind it saves more than a compiled sort does.
+        self._gdn_packed = self._norm_is_ours() and (not self.gqa_interleaved_layout or current_platform.is_cpu())
         self._forward_method = self._forward_plugin
         _mark_compiled_models(vllm_config)
+        compile_cache.let_artefacts_load()
         if align:
             self._gdn_checkpoint_grid = CHECKPOINT_ALIGNMENT
             self._checkpoint_alignment = CHECKPOINT_ALIGNMENT  # read by vLLM 0.33's own get_kv_cache_spec
@@ -128,6 +130,12 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             prefill_checkpoint_alignment=math.lcm(grid, self._gdn_checkpoint_grid),
         )
 
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """The host's; then the kernels that are compiled for this pool's size, before the host captures graphs."""
+        super().bind_kv_cache(kv_cache)
+        if self._gdn_core is not None:
+            warm_up_pool(self._gdn_core, self._gdn_parameters(self.kv_cache).state)
+
     def get_prefill_checkpoint_alignment(self) -> int | None:
         """Asked by vLLM 0.33; see `get_kv_cache_spec`."""
         return self._gdn_checkpoint_grid
@@ -137,7 +145,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         num_tokens = hidden_states.size(0)
         mixed_qkvz, _ = self.in_proj_qkvz(hidden_states)
         ba, _ = self.in_proj_ba(hidden_states)
-        # Zeroed, not empty: rows of padding tokens are never written.
+        # Zeroed, not empty: rows of padding tokens may be left as they are.
         core_attn_out = torch.zeros(
             (num_tokens, self.num_v_heads // self.tp_size, self.head_v_dim),
             dtype=hidden_states.dtype,
@@ -163,6 +171,24 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         b, a = self.split_ba(ba)
         return mixed_qkv, z.unflatten(-1, (-1, self.head_v_dim)), b, a
 
+    def _sort_projections(self, mixed_qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`_split_projections` of interleaved heads where no graph is compiled: every element is copied once.
+
+        A key head's share stands together: q, k, the v of its value heads, their z; and in `ba` their b, their a.
+        """
+        tokens, k_dim, v_dim = mixed_qkvz.size(0), self.head_k_dim, self.head_v_dim
+        key_heads, ratio = self.num_k_heads // self.tp_size, self.num_v_heads // self.num_k_heads
+        shares = mixed_qkvz.unflatten(1, (key_heads, 2 * k_dim + 2 * ratio * v_dim))
+        *qkv, z = shares.split([k_dim, k_dim, ratio * v_dim, ratio * v_dim], dim=2)
+        mixed_qkv = mixed_qkvz.new_empty(tokens, self._qkv_size())
+        first = 0
+        for part in qkv:
+            size = key_heads * part.size(2)
+            mixed_qkv[:, first : first + size].unflatten(1, (key_heads, part.size(2))).copy_(part)
+            first += size
+        b, a = ba.unflatten(1, (key_heads, 2 * ratio)).split(ratio, dim=2)
+        return mixed_qkv, z.reshape(tokens, -1, v_dim), b.reshape(tokens, -1), a.reshape(tokens, -1)
+
     def _qkv_size(self) -> int:
         return (2 * self.key_dim + self.value_dim) // self.tp_size
 
@@ -186,7 +212,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         if metadata is None:
             self._warmup_prefill_kernels(mixed_qkvz, self.value_dim // self.tp_size)
             return None
-        mixed_qkv, z, b, a = self._split_projections(mixed_qkvz, ba)
+        split = self._sort_projections if self.gqa_interleaved_layout else self._split_projections
+        mixed_qkv, z, b, a = split(mixed_qkvz, ba)
         batch = batch_of(metadata, self.conv_kernel_size - 1)
         parameters = self._gdn_parameters(self.kv_cache)
         self._gdn_core.run(batch, mixed_qkv, a, b, parameters, core_attn_out, self._gated_norm(z))
@@ -199,14 +226,17 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
 
     def _gdn_parameters(self, pools: Sequence[Tensor]) -> Parameters:
         conv_pool, state = pools
+        # With LoRA the host wraps every linear layer, this one too; the wrapper shows the weight but not what else is
+        # on the layer.
+        conv1d: Any = getattr(self.conv1d, "base_layer", self.conv1d)
         # On some CPUs the host repacks conv1d.weight for its own kernel at load and keeps the original beside it.
-        weight = getattr(self.conv1d, "_cpu_unpacked_conv_weight", None)
+        weight = getattr(conv1d, "_cpu_unpacked_conv_weight", None)
         if weight is None:
-            weight = self.conv1d.weight
+            weight = conv1d.weight
             weight = weight.view(weight.size(0), weight.size(-1))
         return Parameters(
             conv_weight=weight,
-            conv_bias=self.conv1d.bias,
+            conv_bias=conv1d.bias,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             conv_state=conv_pool if is_conv_state_dim_first() else conv_pool.transpose(-1, -2),

@@ -8,7 +8,8 @@ metadata object a step, so its translation is kept on it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -100,6 +101,23 @@ class SpecPart:
     num_accepted_tokens: Tensor
 
 
+class Shared:
+    """Tensors of a step that the first layer to ask makes on the device, and the other layers take.
+
+    Who made one and asks again is in another run over the same metadata and makes it again: vLLM captures a CUDA graph
+    on the metadata of the run before the capture, and replays must make the tensor from the values of their own step.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[object, Tensor]] = {}
+
+    def get(self, name: str, layer: object, make: Callable[[], Tensor]) -> Tensor:
+        made = self._made.get(name)
+        if made is None or made[0] is layer:
+            made = self._made[name] = (layer, make())
+        return made[1]
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step's work. Decode and speculative rows never share a batch (the host sees to that)."""
@@ -108,6 +126,7 @@ class Batch:
     decode: DecodePart | None = None
     prefill: PrefillPart | None = None
     spec: SpecPart | None = None
+    shared: Shared = field(default_factory=Shared, compare=False)
 
 
 def batch_of(metadata: Any, conv_history: int) -> Batch:

@@ -1,10 +1,12 @@
 """Everything compiled before serving: kernels by their own lists of variants, then one batch of every kind.
 
-Called in the profile run, when no cache has been allocated and nothing has been captured.
+Called in the profile run, when no cache has been allocated and nothing has been captured; and again when the host binds
+its pools, for the kernels that a backend compiles for a pool's own size.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 
 import torch
@@ -12,11 +14,14 @@ from torch import Tensor
 
 from gdn_plugin import ops
 from gdn_plugin.hosts.vllm.core import Core
+from gdn_plugin.hosts.vllm.cpu_memory import keep_freed_memory
 from gdn_plugin.hosts.vllm.metadata import CHECKPOINT_ALIGNMENT, Batch, Checkpoints, DecodePart, PrefillPart, SpecPart
 
 # Row 0 is the null block.
 FIRST_ROW = 1
 
+# Below vLLM's own logger, so that its handlers and its level apply.
+_log = logging.getLogger("vllm.gdn_plugin")
 _done: set[tuple[object, ...]] = set()
 
 
@@ -36,6 +41,8 @@ def warm_up(core: Core, device: torch.device, fused_norm: bool, run: Callable[[B
     if key in _done:
         return
     _done.add(key)
+    if device.type == "cpu":
+        keep_freed_memory()
     for choice in core.selection.choices.values():
         ops.warm_up(choice.problem, backend=choice.name, device=device.type)
     for batch in batches(core, device):
@@ -43,6 +50,28 @@ def warm_up(core: Core, device: torch.device, fused_norm: bool, run: Callable[[B
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
+
+
+def warm_up_pool(core: Core, state: Tensor) -> None:
+    """Compile what is compiled for the pool's own size and strides. Once a process for each layout of a pool.
+
+    Args:
+        state: the layer's state pool, as the host has just bound it; its null block may be written.
+    Raises:
+        Whatever the compiler of a backend that was asked for by name raises. Under auto that is logged, and the kernels
+        are compiled by the first steps.
+    """
+    key = (core.shape, tuple(core.selection.backends().items()), state.device, state.dtype, state.shape, state.stride())
+    if key in _done:
+        return
+    _done.add(key)
+    for choice in core.selection.choices.values():
+        try:
+            ops.warm_up(choice.problem, backend=choice.name, device=state.device.type, pool=state)
+        except Exception as exc:  # a compiler may raise anything, and what auto chose must not stop the engine here
+            if choice.request != "auto":
+                raise
+            _log.warning("gdn_plugin: %s on %s was not compiled ahead: %s", choice.problem.op, choice.name, exc)
 
 
 def batches(core: Core, device: torch.device) -> Iterator[Batch]:

@@ -47,3 +47,15 @@ def is_aligned(x: Tensor, multiple: int) -> bool:
 def is_dense(x: Tensor) -> bool:
     """Whether a vector's elements lie side by side."""
     return x.shape[0] <= 1 or x.stride(0) == 1
+
+
+def as_its_shape_says(x: Tensor) -> Tensor:
+    """The same contiguous tensor with the strides that its shape implies. A view.
+
+    A dim of size one may have any stride (`rows[:, 0]` of one sequence has the table's), and CuTe refuses to compile
+    for another than 1.
+    """
+    strides = [1]
+    for size in reversed(x.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return x.as_strided(x.shape, strides)

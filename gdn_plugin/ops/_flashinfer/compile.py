@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,13 +103,17 @@ def compile_all(
         "cache": cache_dir is not None,
         "few": few,
     }
-    with subprocess.Popen(
-        [sys.executable, "-m", "gdn_plugin.ops._flashinfer.compile", _ARCHS[sm], json.dumps(order)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
+    with (
+        # The DSL hands a kernel's GPU code over as a file beside what else it dumps: by default in the current folder.
+        tempfile.TemporaryDirectory(prefix="gdn-plugin-") as dumps,
+        subprocess.Popen(
+            [sys.executable, "-m", "gdn_plugin.ops._flashinfer.compile", _ARCHS[sm], json.dumps(order)],
+            env=environment | {"CUTE_DSL_DUMP_DIR": dumps},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as child,
+    ):
         assert child.stdout is not None and child.stderr is not None
         finished = False
         try:

@@ -2,7 +2,8 @@
 
 FlashInfer means two things by a negative row: with an fp32 pool the sequence is skipped and its output zeroed; with a
 bf16 pool it runs on row 0, which it reads and writes. Neither knows vLLM's null block, row 0. Here both become the
-contract's: rows <= null_index are padding, whose output is zero.
+contract's: rows <= null_index are padding. Where the caller's own numbers say that already, and they lie side by side
+on a boundary, FlashInfer's kernel is the only launch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gdn_plugin.ops._flashinfer.api import flashinfer_api
 from gdn_plugin.ops._flashinfer.arguments import (
+    as_its_shape_says,
     is_aligned,
     is_dense,
     need_alignment,
@@ -19,12 +21,12 @@ from gdn_plugin.ops._flashinfer.arguments import (
     need_dtype,
     need_unit_inner_stride,
 )
-from gdn_plugin.ops._flashinfer.warm_up import compile_count, warm_up
+from gdn_plugin.ops._flashinfer.warm_up import compile_count, warm_up, warm_up_pool
 
-__all__ = ["check_recurrent_arguments", "compile_count", "decode", "warm_up"]
+__all__ = ["check_recurrent_arguments", "compile_count", "decode", "warm_up", "warm_up_pool"]
 
 # FlashInfer compiles for indices that start on such a boundary (16 would do for fp32 pools).
-_INDEX_ALIGNMENT = 32
+INDEX_ALIGNMENT = 32
 
 
 def decode(
@@ -45,15 +47,17 @@ def decode(
 ) -> None:
     """One token of the gated delta rule a sequence, by FlashInfer.
 
-    Launches, fp32 pool: FlashInfer's kernel; one of ours before it, for row numbers, where null_index >= 0 or where
-    `state_indices` is strided or starts off a 32-byte boundary. bf16 pool: the same, and one of ours behind it that
-    zeroes the output of padding. A caller who wants the single launch maps padding to -1 once a step and passes
-    null_index=-1 with an fp32 pool. FlashInfer fills two small tensors when it first meets a batch size: run each
-    size once before capturing it.
+    Launches: FlashInfer's kernel; one of ours before it, for row numbers, where `state_indices` is strided or starts
+    off a 32-byte boundary, or where null_index >= 0 with an fp32 pool (map padding to -1 once a step instead, and pass
+    null_index=-1); one of ours behind it with a bf16 pool and zero_padding. FlashInfer fills two small tensors when it
+    first meets a batch size: run each size once before capturing it.
+
+    Output of padding: zero with an fp32 pool. With a bf16 pool and without zero_padding it is S_0 q, S_0 being what the
+    pool's row 0 holds: zero for the q = 0 that conv_prologue writes for padding.
 
     Args:
         q, k: [B, Hk, K] bf16, last stride 1, K = 128.
-        v, out: [B, Hv, V] bf16, last stride 1, V = 128. Rows of padding become zero, zero_padding or not.
+        v, out: [B, Hv, V] bf16, last stride 1, V = 128.
         a, b: [B, Hv] bf16, any row stride; fp32 too with an fp32 pool.
         A_log: [Hv] fp32.
         dt_bias: [Hv] bf16 or fp32.
@@ -71,11 +75,13 @@ def decode(
         return
     skips_padding = state.dtype == torch.float32
     rows = state_indices
-    off_boundary = not (is_dense(rows) and is_aligned(rows, _INDEX_ALIGNMENT))
-    if off_boundary or (skips_padding and null_index >= 0):
+    off_boundary = not (is_dense(rows) and is_aligned(rows, INDEX_ALIGNMENT))
+    if off_boundary or (skips_padding and null_index >= 0):  # a bf16 pool's kernel takes the null rows as they are
         from gdn_plugin.ops._flashinfer.rows import start_rows
 
         rows = start_rows(rows, null_index, padding=-1 if skips_padding else 0)
+    elif batch == 1:
+        rows = as_its_shape_says(rows)
 
     entry = flashinfer_api().decode
     entry.call(
@@ -95,7 +101,7 @@ def decode(
         # "auto" may leave these kernels for generated ones.
         **entry.only(backend="flashinfer"),
     )
-    if not skips_padding:
+    if zero_padding and not skips_padding:
         from gdn_plugin.ops._flashinfer.rows import zero_padding as zero_padding_rows
 
         zero_padding_rows(out, state_indices, null_index)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from gdn_plugin.ops._flashinfer.api import flashinfer_api
-from gdn_plugin.ops._flashinfer.arguments import is_dense, need_alignment, need_contiguous, need_dtype
+from gdn_plugin.ops._flashinfer.arguments import (
+    as_its_shape_says,
+    is_dense,
+    need_alignment,
+    need_contiguous,
+    need_dtype,
+)
 from gdn_plugin.ops._flashinfer.warm_up import compile_count, warm_up
 
 __all__ = ["compile_count", "prefill", "warm_up"]
@@ -89,6 +95,8 @@ def prefill(
         from gdn_plugin.ops._flashinfer.rows import ALL_LIVE, start_rows
 
         state_indices = start_rows(state_indices, ALL_LIVE, padding=0)
+    elif batch == 1:
+        state_indices = as_its_shape_says(state_indices)
     if has_initial_state is not None:
         from gdn_plugin.ops._flashinfer.rows import zero_fresh
 

@@ -17,11 +17,12 @@ ALL_LIVE = -(2**31)
 
 
 # Row numbers may be slices that start anywhere: a kernel for each alignment would be compiled while serving.
-@triton.jit(do_not_specialize_on_alignment=["rows", "accepted", "cu_seqlens"])
+@triton.jit(do_not_specialize_on_alignment=["rows", "accepted", "cu_seqlens", "given"])
 def _start_rows_kernel(
     rows,  # [B, S] int32
     accepted,  # [B] int32, or anything where not HAS_ACCEPTED
     cu_seqlens,  # [B + 1], or anything where not HAS_LENGTHS
+    given,  # [B] int32 rows to start from, or anything where not HAS_GIVEN
     start,  # [B] int32
     table,  # [B, S] int32, or anything where not HAS_TABLE
     stride_b,
@@ -33,12 +34,16 @@ def _start_rows_kernel(
     HAS_ACCEPTED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
     HAS_TABLE: tl.constexpr,
+    HAS_GIVEN: tl.constexpr,
 ):
     i_b = tl.program_id(0).to(tl.int64)
-    column = 0
-    if HAS_ACCEPTED:
-        column = tl.minimum(tl.maximum(tl.load(accepted + i_b) - 1, 0), S - 1)
-    row = tl.load(rows + i_b * stride_b + column * stride_s)
+    if HAS_GIVEN:
+        row = tl.load(given + i_b)
+    else:
+        column = 0
+        if HAS_ACCEPTED:
+            column = tl.minimum(tl.maximum(tl.load(accepted + i_b) - 1, 0), S - 1)
+        row = tl.load(rows + i_b * stride_b + column * stride_s)
     live = row > null_index
     if HAS_LENGTHS:
         live = live & (tl.load(cu_seqlens + i_b + 1) > tl.load(cu_seqlens + i_b))
@@ -121,15 +126,20 @@ def start_rows(state_indices: Tensor, null_index: int, padding: int) -> Tensor:
     batch = state_indices.shape[0]
     start = torch.empty(batch, dtype=torch.int32, device=state_indices.device)
     _launch(
-        _start_rows_kernel, (batch,), state_indices, state_indices, state_indices, start, start,
+        _start_rows_kernel, (batch,), state_indices, state_indices, state_indices, state_indices, start, start,
         state_indices.stride(0), 0, null_index, S=1, BLOCK_S=1, PADDING=padding,
-        HAS_ACCEPTED=False, HAS_LENGTHS=False, HAS_TABLE=False,
+        HAS_ACCEPTED=False, HAS_LENGTHS=False, HAS_TABLE=False, HAS_GIVEN=False,
     )  # fmt: skip
     return start
 
 
 def verify_rows(
-    state_indices: Tensor, num_accepted_tokens: Tensor, cu_seqlens: Tensor, null_index: int, padding: int
+    state_indices: Tensor,
+    num_accepted_tokens: Tensor,
+    cu_seqlens: Tensor,
+    null_index: int,
+    padding: int,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Where each sequence starts and where each token's state goes. One launch.
 
@@ -138,6 +148,7 @@ def verify_rows(
         num_accepted_tokens: [B] int32, dense, at least 1.
         cu_seqlens: [B + 1], dense; empty sequences are padding.
         null_index, padding: as in `start_rows`.
+        given: [B] int32, dense: rows to start from, in place of those that num_accepted_tokens picks.
     Returns:
         start [B] int32, `padding` where a sequence is padding, and rows [B, S] int32, dense, with row 0 there.
     """
@@ -145,10 +156,11 @@ def verify_rows(
     start = torch.empty(batch, dtype=torch.int32, device=state_indices.device)
     table = torch.empty(batch, tokens, dtype=torch.int32, device=state_indices.device)
     _launch(
-        _start_rows_kernel, (batch,), state_indices, num_accepted_tokens, cu_seqlens, start, table,
+        _start_rows_kernel, (batch,), state_indices, num_accepted_tokens, cu_seqlens,
+        state_indices if given is None else given, start, table,
         state_indices.stride(0), state_indices.stride(1), null_index, S=tokens,
         BLOCK_S=triton.next_power_of_2(tokens), PADDING=padding,
-        HAS_ACCEPTED=True, HAS_LENGTHS=True, HAS_TABLE=True,
+        HAS_ACCEPTED=given is None, HAS_LENGTHS=True, HAS_TABLE=True, HAS_GIVEN=given is not None,
     )  # fmt: skip
     return start, table
 

@@ -101,7 +101,7 @@ class Case:
         # All padding: an fp32 pool is not touched, a bf16 pool on its scratch row alone.
         rows = torch.zeros(batch, dtype=torch.int32, device=self.device)
         decode(
-            q, k, v, a, b, A_log, dt_bias, pool, rows, self.scale, self.use_qk_l2norm, 0, torch.empty_like(v), False
+            q, k, v, a, b, A_log, dt_bias, pool, rows, self.scale, self.use_qk_l2norm, 0, torch.empty_like(v), True
         )  # fmt: skip
 
     def _verify(self) -> None:
@@ -113,8 +113,8 @@ class Case:
         accepted = torch.ones(batch, dtype=torch.int32, device=self.device)
         offsets = torch.zeros(batch + 1, dtype=torch.int32, device=self.device)
         verify(
-            q, k, v, a, b, A_log, dt_bias, pool, rows, accepted, offsets, self.scale, self.use_qk_l2norm, 0,
-            torch.empty_like(v), False,
+            q, k, v, a, b, A_log, dt_bias, pool, rows, accepted, offsets, None, self.scale, self.use_qk_l2norm, 0,
+            torch.empty_like(v), True,
         )  # fmt: skip
 
 

@@ -47,8 +47,8 @@ def warm_up(
     """Compile every kernel that a layer of this problem can ask of FlashInfer on the current device.
 
     Prefill: the regular and the context-parallel route, with and without checkpoints. Decode and verify: every batch
-    size class. A padded bf16 pool is compiled for by size and strides, so for those two call again with `pool` once
-    the pool is allocated, and before capture.
+    size class, but for a padded bf16 pool, which kernels are compiled for by its size and strides: nothing then, until
+    `pool` is given. Hosts have `warm_up_pool` for that.
 
     Args:
         pool: the layer's pool; row 0 may be written where it is bf16.
@@ -60,7 +60,7 @@ def warm_up(
     """
     from gdn_plugin.ops._flashinfer.variants import cases
 
-    if problem.op not in ("prefill", "decode", "verify"):
+    if problem.op not in ("prefill", "decode", "verify") or (pool is None and _compiled_for_the_pool(problem)):
         return 0
     before = compile_count()
     sm_count = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
@@ -70,3 +70,20 @@ def warm_up(
     for case in wanted:
         case.run()
     return compile_count() - before
+
+
+def warm_up_pool(problem: Problem, pool: Tensor) -> int:
+    """`warm_up` for what is compiled for a pool's own size and strides, once the pool is there and before capture.
+
+    Args:
+        pool: the layer's; row 0 may be written.
+    Returns:
+        How many kernels this compiled or loaded: none where one kernel serves pools of every size.
+    """
+    if not _compiled_for_the_pool(problem) or pool.is_contiguous():
+        return 0
+    return warm_up(problem, pool)
+
+
+def _compiled_for_the_pool(problem: Problem) -> bool:
+    return problem.op in ("decode", "verify") and problem.state_dtype == "bfloat16" and problem.padded_pool

@@ -33,6 +33,7 @@ class PrefillConfig:
 
     Args:
         solve_warps: warps of a solve program.
+        solve_block_k: columns of q and k that a solve program multiplies at a time (at most K).
         solve_heads: value heads of one key head that a solve program does (halved until it divides Hv / Hk).
         solve_stages: pipelining depth of the solve kernel.
         solve_registers: a bound on registers a thread, for ptxas; None leaves it to its own, which spills on sm_100.
@@ -41,6 +42,7 @@ class PrefillConfig:
             keys) to 10 % (keys equal but for 0.1 % noise, no decay; 23 % where operands are rounded, not truncated),
             measured on the CPU. On an H100 8x1024 at 16x32 heads takes 125 us with "tf32" and 185 with "tf32x3".
         block_v: rows of the state that a state program holds.
+        state_block_k: columns of the state a dot takes at a time (at most K, and K where sequences are cut).
         state_warps: its warps.
         state_stages: its pipelining depth (chunks in flight).
         full_programs: with fewer state programs than this, sequences are cut into segments or, where they are not,
@@ -54,11 +56,13 @@ class PrefillConfig:
     """
 
     solve_warps: int = 4
+    solve_block_k: int = 256
     solve_heads: int = 1
     solve_stages: int = 1
     solve_registers: int | None = None
     solve_precision: str = "tf32"
     block_v: int = 64
+    state_block_k: int = 256
     state_warps: int = 4
     state_stages: int = 2
     full_programs: int = 0
@@ -71,20 +75,27 @@ class PrefillConfig:
 
 
 PREFILL: Mapping[Key, PrefillConfig] = {
-    # mma.sync: more rows than 32 of 128 columns spill.
-    (0, 0, 0, ""): PrefillConfig(block_v=32, small_block_v=32, segment_programs=256),
-    (0, 256, 0, ""): PrefillConfig(block_v=16, state_warps=8),
+    # mma.sync: more rows than 32 of 128 columns spill; so do q and k in whole rows beside their products.
+    (0, 0, 0, ""): PrefillConfig(solve_block_k=64, block_v=32, small_block_v=32, segment_programs=256),
+    (0, 64, 0, ""): PrefillConfig(solve_block_k=32, block_v=32, small_block_v=32, segment_programs=256),
+    (0, 256, 0, ""): PrefillConfig(solve_block_k=64, block_v=16, state_warps=8),
     # wgmma wants 64 rows a warpgroup; two of them a program (64/4/2 is as fast, and spills 8 bytes with a bf16 state).
     # With fewer programs than half the multiprocessors, smaller ones and a chunk more in flight.
     (90, 0, 0, ""): PrefillConfig(
         block_v=128, state_warps=8, small_block_v=32, small_stages=3, full_programs=66, segment_programs=128
     ),
-    (90, 256, 0, ""): PrefillConfig(block_v=32, state_warps=8),
+    # The same, but cut sequences in smaller programs: in fp16 those of 32 rows spill 16 bytes where bf16's do not.
+    (90, 128, 0, "float16"): PrefillConfig(
+        block_v=128, state_warps=8, small_block_v=16, small_stages=3, full_programs=66, segment_programs=128
+    ),
+    (90, 256, 0, ""): PrefillConfig(solve_block_k=64, block_v=32, state_warps=8),
     # tcgen05: the same rows over 8 warps, which is what keeps 128 columns from spilling.
     (100, 0, 0, ""): PrefillConfig(solve_registers=255, state_warps=8, small_warps=8, segment_programs=296),
-    (100, 256, 0, ""): PrefillConfig(block_v=32, state_warps=8),
+    (100, 256, 0, ""): PrefillConfig(solve_block_k=64, block_v=32, state_warps=8),
     # Three TF32 products a dot: slow, and registers are what is short. For checking numbers, not for serving.
-    (0, 0, 0, "float32"): PrefillConfig(block_v=16, state_warps=8, state_stages=1),
+    (0, 0, 0, "float32"): PrefillConfig(
+        solve_warps=8, solve_block_k=16, block_v=16, state_block_k=32, state_warps=8, state_stages=1
+    ),
 }
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_plugin.ops._triton.gates import delta_step, l2_normalise, log_decay, sigmoid
-from gdn_plugin.ops._triton.launch import compile_count, launch
+from gdn_plugin.ops._triton.launch import compile_count, device_sm, launch
 from gdn_plugin.ops._triton.tiles import TileConfig, decode_config
 from gdn_plugin.registry import Problem
 
@@ -73,7 +73,7 @@ def decode(
     The sequences' rows of `state` change in place. A sequence with state_indices <= null_index touches no state; its
     row of `out` is zeroed under zero_padding and left otherwise.
     """
-    config = decode_config(q.shape[0] * v.shape[1], q.shape[2], v.shape[2])
+    config = decode_config(device_sm(q.device), state.dtype, q.shape[0] * v.shape[1], q.shape[2], v.shape[2])
     decode_with_config(
         q, k, v, a, b, A_log, dt_bias, state, state_indices, scale, use_qk_l2norm, null_index, out, zero_padding,
         config=config,

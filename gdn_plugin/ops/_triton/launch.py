@@ -12,10 +12,12 @@ kind, a launch hook (profilers) and the interpreter go Triton's own way. Its deb
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _launches = 0
@@ -41,6 +43,15 @@ _known: dict[int, _Known] = {}
 def interpreting() -> bool:
     """Whether kernels run under Triton's interpreter (TRITON_INTERPRET was set when they were decorated)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def device_sm(device: torch.device) -> int:
+    """10 * major + minor of a CUDA device; 0 off CUDA, where kernels run under the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def specialisation(args: tuple[Any, ...], plain: tuple[bool, ...]) -> list[Any]:

@@ -20,15 +20,13 @@ parallel, and (2 V or V + K) * K * 4 bytes a segment and head.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton.language as tl
 from torch import Tensor
 
 from gdn_plugin.ops._triton import configs
 from gdn_plugin.ops._triton.configs import PrefillConfig
-from gdn_plugin.ops._triton.launch import interpreting, launch
+from gdn_plugin.ops._triton.launch import device_sm, interpreting, launch
 from gdn_plugin.ops._triton.prefill_solve import prefill_solve_kernel
 from gdn_plugin.ops._triton.prefill_state import prefill_state_kernel
 
@@ -38,15 +36,6 @@ DIMS = (64, 128, 256)
 SEARCH = 256
 DTYPES = {torch.bfloat16: ("bfloat16", tl.bfloat16), torch.float16: ("float16", tl.float16),
           torch.float32: ("float32", tl.float32)}  # fmt: skip
-
-
-@functools.cache
-def device_sm(device: torch.device) -> int:
-    """10 * major + minor of a CUDA device; 0 off CUDA, where kernels run under the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def num_slots(num_tokens: int, num_sequences: int) -> int:
@@ -150,9 +139,10 @@ def prefill_with_config(
         q_in.stride(0), q_in.stride(1), k_in.stride(0), k_in.stride(1), g.stride(0), g.stride(1),
         beta.stride(0), beta.stride(1), out.stride(0), out.stride(1),
         state_indices.stride(0), num_tokens, num_sequences, null_index,
-        HK=num_k_heads, HV=num_v_heads, K=head_k_dim, V=head_v_dim, HEADS=heads, L2NORM=use_qk_l2norm,
-        EXP_GATE=exp_gate, ZERO_PADDING=zero_padding, DOT=dot, PRECISION=precision, SOLVE_PRECISION=solve_precision,
-        SEARCH=SEARCH, num_warps=config.solve_warps, num_stages=config.solve_stages, maxnreg=config.solve_registers,
+        HK=num_k_heads, HV=num_v_heads, K=head_k_dim, V=head_v_dim, BK=min(config.solve_block_k, head_k_dim),
+        HEADS=heads, L2NORM=use_qk_l2norm, EXP_GATE=exp_gate, ZERO_PADDING=zero_padding, DOT=dot,
+        PRECISION=precision, SOLVE_PRECISION=solve_precision, SEARCH=SEARCH,
+        num_warps=config.solve_warps, num_stages=config.solve_stages, maxnreg=config.solve_registers,
     )  # fmt: skip
     segment_chunks = choose_segment_chunks(config, num_tokens, num_sequences, num_v_heads, head_k_dim, head_v_dim,
                                            max_seqlen)  # fmt: skip
@@ -174,7 +164,8 @@ def prefill_with_config(
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), out.stride(0), out.stride(1),
             state.stride(0), checkpoints.stride(0) if checkpoints is not None else 0,
             state_indices.stride(0), num_sequences, null_index, checkpoint_every // CHUNK, segment_chunks, scale,
-            HK=num_k_heads, HV=num_v_heads, K=head_k_dim, V=head_v_dim, BV=block_v, TRANSITION=transition,
+            HK=num_k_heads, HV=num_v_heads, K=head_k_dim, V=head_v_dim, BV=block_v,
+            BK=min(config.state_block_k, head_k_dim), TRANSITION=transition,
             SAME_STRIDES=same_strides, DOT=dot, PRECISION=precision, SEARCH=SEARCH, num_warps=warps, num_stages=stages,
         )  # fmt: skip
 

@@ -88,7 +88,7 @@ def prefill_solve_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, g_stride_t, g_stride_h, beta_stride_t, beta_stride_h,
     out_stride_t, out_stride_h,
     index_stride, num_tokens, num_sequences, null_index,
-    HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     HEADS: tl.constexpr, L2NORM: tl.constexpr, EXP_GATE: tl.constexpr, ZERO_PADDING: tl.constexpr,
     DOT: tl.constexpr, PRECISION: tl.constexpr, SOLVE_PRECISION: tl.constexpr, SEARCH: tl.constexpr,
 ):  # fmt: skip
@@ -132,26 +132,36 @@ def prefill_solve_kernel(
                 tl.store(p_o, tl.zeros([64, V], dtype=out_ptr.dtype.element_ty), mask=m_t[:, None])
         return
 
-    o_k = tl.arange(0, K)
+    # BK columns at a time: whole rows of q and k beside the products of both are more than registers hold in fp32.
+    o_k = tl.arange(0, BK)
     i_hk = i_h0 // (HV // HK)
     p_k = k_ptr + o_row[:, None] * k_stride_t + i_hk * k_stride_h + o_k[None, :]
-    b_k = tl.load(p_k, mask=m_t[:, None], other=0.0)
     p_q = q_ptr + o_row[:, None] * q_stride_t + i_hk * q_stride_h + o_k[None, :]
-    b_q = tl.load(p_q, mask=m_t[:, None], other=0.0)
     if L2NORM:
-        b_kf = b_k.to(tl.float32)
-        b_qf = b_q.to(tl.float32)
-        b_kf = b_kf * tl.rsqrt(tl.sum(b_kf * b_kf, axis=1) + 1e-6)[:, None]
-        b_qf = b_qf * tl.rsqrt(tl.sum(b_qf * b_qf, axis=1) + 1e-6)[:, None]
-        b_k = b_kf.to(k_ptr.dtype.element_ty)
-        b_q = b_qf.to(q_ptr.dtype.element_ty)
-        if i_h0 % (HV // HK) == 0:
-            o_n = o_row[:, None] * (HK * K) + i_hk * K + o_k[None, :]
-            tl.store(k_norm_ptr + o_n, b_k, mask=m_t[:, None])
-            tl.store(q_norm_ptr + o_n, b_q, mask=m_t[:, None])
-    b_k = b_k.to(DOT)
-    b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
-    b_qk = tl.dot(b_q.to(DOT), tl.trans(b_k), input_precision=PRECISION)
+        b_sk = tl.zeros([64], dtype=tl.float32)
+        b_sq = tl.zeros([64], dtype=tl.float32)
+        for i_k in tl.range(0, K, BK, num_stages=1):
+            b_kf = tl.load(p_k + i_k, mask=m_t[:, None], other=0.0).to(tl.float32)
+            b_qf = tl.load(p_q + i_k, mask=m_t[:, None], other=0.0).to(tl.float32)
+            b_sk += tl.sum(b_kf * b_kf, axis=1)
+            b_sq += tl.sum(b_qf * b_qf, axis=1)
+        b_sk = tl.rsqrt(b_sk + 1e-6)
+        b_sq = tl.rsqrt(b_sq + 1e-6)
+    b_kk = tl.zeros([64, 64], dtype=tl.float32)
+    b_qk = tl.zeros([64, 64], dtype=tl.float32)
+    for i_k in tl.range(0, K, BK, num_stages=1):
+        b_k = tl.load(p_k + i_k, mask=m_t[:, None], other=0.0)
+        b_q = tl.load(p_q + i_k, mask=m_t[:, None], other=0.0)
+        if L2NORM:
+            b_k = (b_k.to(tl.float32) * b_sk[:, None]).to(k_ptr.dtype.element_ty)
+            b_q = (b_q.to(tl.float32) * b_sq[:, None]).to(q_ptr.dtype.element_ty)
+            if i_h0 % (HV // HK) == 0:
+                o_n = o_row[:, None] * (HK * K) + i_hk * K + i_k + o_k[None, :]
+                tl.store(k_norm_ptr + o_n, b_k, mask=m_t[:, None])
+                tl.store(q_norm_ptr + o_n, b_q, mask=m_t[:, None])
+        b_k = b_k.to(DOT)
+        b_kk = tl.dot(b_k, tl.trans(b_k), acc=b_kk, input_precision=PRECISION)
+        b_qk = tl.dot(b_q.to(DOT), tl.trans(b_k), acc=b_qk, input_precision=PRECISION)
 
     o_i = tl.arange(0, 32)
     for i in range(HEADS):

@@ -19,12 +19,43 @@ Segment 0's start is known, so it needs no Phi; its rows keep a copy of the init
 row may already hold the final state when segment 0's program of the last launch comes to run.
 """
 
+# ruff: noqa: RUF005 - Triton has no unpacking of tuples
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from gdn_plugin.ops._triton.prefill_solve import find_sequence
+
+
+@triton.jit
+def load_columns(p_first, mask, BLOCKS: tl.constexpr, BK: tl.constexpr):
+    """BLOCKS tiles in fp32, BK columns apart, zero where masked off."""
+    blocks = ()
+    for j in tl.static_range(BLOCKS):
+        blocks = blocks + (
+            tl.load(p_first + j * BK, mask=mask, other=0.0 if mask is not None else None).to(tl.float32),
+        )
+    return blocks
+
+
+@triton.jit
+def dot_columns(b_s, p_first, mask, BLOCKS: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The state times the transpose of rows that are loaded in BLOCKS tiles BK columns apart."""
+    b_x = tl.load(p_first, mask=mask, other=0.0).to(DOT)
+    b_o = tl.dot(b_s[0].to(DOT), tl.trans(b_x), input_precision=PRECISION)
+    for j in tl.static_range(1, BLOCKS):
+        b_x = tl.load(p_first + j * BK, mask=mask, other=0.0).to(DOT)
+        b_o = tl.dot(b_s[j].to(DOT), tl.trans(b_x), acc=b_o, input_precision=PRECISION)
+    return b_o
+
+
+@triton.jit
+def store_output(b_o, b_d, p_p, p_o, mask, scale, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """scale * (b_o + D^T P^T), transposed back to tokens."""
+    b_p = tl.load(p_p).to(DOT)
+    b_o = tl.dot(b_d.to(DOT), tl.trans(b_p), acc=b_o, input_precision=PRECISION) * scale
+    tl.store(p_o, tl.trans(b_o).to(p_o.dtype.element_ty), mask=mask)
 
 
 @triton.jit(
@@ -40,7 +71,7 @@ def prefill_state_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, out_stride_t, out_stride_h,
     state_stride, checkpoint_stride,
     index_stride, num_sequences, null_index, checkpoint_chunks, segment_chunks, scale,
-    HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
+    HK: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, BK: tl.constexpr,
     TRANSITION: tl.constexpr, SAME_STRIDES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
     SEARCH: tl.constexpr,
 ):  # fmt: skip
@@ -52,10 +83,14 @@ def prefill_state_kernel(
     With `segments_ptr` [slots, HV, V + max(K, V), K] fp32, grid (slots * HV * V / BV,): as above for one segment.
     TRANSITION: grid (slots * HV * (V + K) / BV,): fills the slots' rows, H above Phi, and writes nothing else.
     SAME_STRIDES: q has k's token stride and out has v's, which saves registers.
+    BK: columns of the state a dot takes; K unless operands are fp32, whose halves for TF32 would not fit in registers.
     Empty and padding sequences and slots without a segment exit at once.
     """
     NV: tl.constexpr = V // BV
     BLOCKS: tl.constexpr = (V + K) // BV if TRANSITION else NV
+    # The chain from state to state is the longest, so the output waits for it; fp32 operands leave no registers for
+    # what that keeps alive.
+    OUTPUT_FIRST: tl.constexpr = BK != K
     SEGMENT_SIZE: tl.constexpr = (V + (K if K > V else V)) * K
     i_p = tl.program_id(0)
     i_v = i_p % BLOCKS
@@ -89,36 +124,39 @@ def prefill_state_kernel(
         return
 
     o_t = tl.arange(0, 64)
-    o_k = tl.arange(0, K)
+    o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
     o_rows = o_v[:, None] * K + o_k[None, :]
     o_state = i_h * V * K + o_rows
     p_state = state_ptr + row * state_stride + o_state
     if segments_ptr is not None:
+        tl.static_assert(BK == K, "segments are folded with whole rows of the state")
         p_segment = segments_ptr + ((i_s - i_g) * HV + i_h) * SEGMENT_SIZE
+    # The state, in K // BK column blocks.
     if i_g == 0:
         if has_initial_ptr is not None:
             started = tl.load(has_initial_ptr + i_b).to(tl.int32)
-            b_s = tl.load(p_state, mask=o_state < started * (HV * V * K), other=0.0).to(tl.float32)
+            b_s = load_columns(p_state, o_state < started * (HV * V * K), K // BK, BK)
         else:
-            b_s = tl.load(p_state).to(tl.float32)
+            b_s = load_columns(p_state, None, K // BK, BK)
         if segments_ptr is not None:
             if TRANSITION:
-                tl.store(p_segment + V * K + o_rows, b_s)
+                tl.store(p_segment + V * K + o_rows, b_s[0])
             elif last_chunk * 64 < length:
-                b_s = tl.load(p_segment + V * K + o_rows)
+                b_s = (tl.load(p_segment + V * K + o_rows),)
     else:
         if TRANSITION:
-            b_s = tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0)
+            b_s = (tl.where(o_v[:, None] - V == o_k[None, :], 1.0, 0.0),)
         elif segments_ptr is not None:
-            b_s = tl.load(p_segment + o_rows)
+            b_fold = tl.load(p_segment + o_rows)
             o_phi = V * K + o_k[:, None] * K + o_k[None, :]
             for _ in tl.range(1, i_g, num_stages=1):
                 p_segment += HV * SEGMENT_SIZE
                 b_phi = tl.load(p_segment + o_phi)
-                b_s = tl.dot(b_s, b_phi, acc=tl.load(p_segment + o_rows), input_precision=PRECISION)
+                b_fold = tl.dot(b_fold, b_phi, acc=tl.load(p_segment + o_rows), input_precision=PRECISION)
+            b_s = (b_fold,)
         else:
-            b_s = tl.zeros([BV, K], dtype=tl.float32)
+            b_s = (tl.zeros([BV, BK], dtype=tl.float32),) * (K // BK)
 
     # Only the scalar bases move from chunk to chunk and are 64-bit; offsets inside a chunk are shared by every turn.
     slot = start // 64 + i_b + first_chunk
@@ -138,31 +176,47 @@ def prefill_state_kernel(
 
     for i in range(first_chunk, last_chunk):
         m_t = i * 64 + o_t < length
-        b_k = tl.load(p_k + o_kk, mask=m_t[:, None], other=0.0).to(DOT)
-        b_m = tl.load(p_m + o_m).to(DOT)
+        b_k = ()
+        for j in tl.static_range(K // BK):
+            b_k = b_k + (tl.load(p_k + j * BK + o_kk, mask=m_t[:, None], other=0.0).to(DOT),)
+        if not OUTPUT_FIRST:
+            b_m = tl.load(p_m + o_m).to(DOT)
         b_decay = tl.load(p_d + o_t)  # exp(G)
-        b_sd = b_s.to(DOT)
+        if OUTPUT_FIRST:
+            b_o = dot_columns(b_s, p_q + o_q, m_t[:, None], K // BK, BK, DOT, PRECISION) * b_decay[None, :]
         if TRANSITION:
             b_v = tl.load(p_v + o_vv, mask=m_t[:, None] & (o_v < V)[None, :], other=0.0)
         else:
             b_v = tl.load(p_v + o_vv, mask=m_t[:, None], other=0.0)
-        b_r = tl.trans(b_v).to(tl.float32) - tl.dot(b_sd, tl.trans(b_k), input_precision=PRECISION) * b_decay[None, :]
-        if not TRANSITION:
-            b_q = tl.load(p_q + o_q, mask=m_t[:, None], other=0.0).to(DOT)
-            b_o = tl.dot(b_sd, tl.trans(b_q), input_precision=PRECISION) * b_decay[None, :]
+        b_v = tl.trans(b_v).to(tl.float32)
+        b_r = tl.dot(b_s[0].to(DOT), tl.trans(b_k[0]), input_precision=PRECISION)
+        for j in tl.static_range(1, K // BK):
+            b_r = tl.dot(b_s[j].to(DOT), tl.trans(b_k[j]), acc=b_r, input_precision=PRECISION)
+        b_r = b_v - b_r * b_decay[None, :]
+        if not (TRANSITION or OUTPUT_FIRST):
+            b_o = dot_columns(b_s, p_q + o_q, m_t[:, None], K // BK, BK, DOT, PRECISION) * b_decay[None, :]
+        if OUTPUT_FIRST:
+            b_m = tl.load(p_m + o_m).to(DOT)
         b_d = tl.dot(b_r.to(DOT), tl.trans(b_m), input_precision=PRECISION)
+        if OUTPUT_FIRST:
+            store_output(b_o, b_d, p_p + o_m, p_o + o_o, m_t[:, None], scale, DOT, PRECISION)
         # Loaded only here: held from the top, it would cost registers that a state of 128 columns does not leave.
         b_rest = tl.load(p_d + 64 + o_t)  # exp(G_last - G)
-        b_s = tl.dot((b_d * b_rest[None, :]).to(DOT), b_k, acc=b_s * tl.load(p_d + 63), input_precision=PRECISION)
+        b_w = (b_d * b_rest[None, :]).to(DOT)
+        last = tl.load(p_d + 63)
+        b_next = ()
+        for j in tl.static_range(K // BK):
+            b_next = b_next + (tl.dot(b_w, b_k[j], acc=b_s[j] * last, input_precision=PRECISION),)
+        b_s = b_next
         if not TRANSITION:
-            b_p = tl.load(p_p + o_m).to(DOT)
-            b_o = tl.dot(b_d.to(DOT), tl.trans(b_p), acc=b_o, input_precision=PRECISION) * scale
-            tl.store(p_o + o_o, tl.trans(b_o).to(out_ptr.dtype.element_ty), mask=m_t[:, None])
+            if not OUTPUT_FIRST:
+                store_output(b_o, b_d, p_p + o_m, p_o + o_o, m_t[:, None], scale, DOT, PRECISION)
             if checkpoints_ptr is not None:  # noqa: SIM102 - a compile-time condition
                 if ((i + 1) % checkpoint_chunks == 0) & ((i + 1) * 64 <= length):
                     i_c = tl.load(checkpoint_starts_ptr + i_b).to(tl.int64) + (i + 1) // checkpoint_chunks - 1
                     p_check = checkpoints_ptr + i_c * checkpoint_stride + o_state
-                    tl.store(p_check, b_s.to(checkpoints_ptr.dtype.element_ty))
+                    for j in tl.static_range(K // BK):
+                        tl.store(p_check + j * BK, b_s[j].to(checkpoints_ptr.dtype.element_ty))
         p_k += k_stride_t * 64
         p_q += q_stride_t * 64
         p_v += v_stride_t * 64
@@ -172,6 +226,7 @@ def prefill_state_kernel(
         p_d += HV * 128
 
     if TRANSITION:
-        tl.store(segments_ptr + (i_s * HV + i_h) * SEGMENT_SIZE + o_rows, b_s)
+        tl.store(segments_ptr + (i_s * HV + i_h) * SEGMENT_SIZE + o_rows, b_s[0])
     elif last_chunk * 64 >= length:
-        tl.store(p_state, b_s.to(state_ptr.dtype.element_ty))
+        for j in tl.static_range(K // BK):
+            tl.store(p_state + j * BK, b_s[j].to(state_ptr.dtype.element_ty))

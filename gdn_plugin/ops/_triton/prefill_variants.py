@@ -47,8 +47,9 @@ def variants(problem: Problem, sm: int) -> Iterator[Variant]:
 
     for norm, exp_gate in ((False, False), (False, True), (True, False)):
         constexprs: dict[str, Any] = shared | {
-            "HEADS": fit_heads(config.solve_heads, hv // hk), "L2NORM": norm, "EXP_GATE": exp_gate,
-            "ZERO_PADDING": False, "SOLVE_PRECISION": solve_precision, "g_stride_h": 1, "beta_stride_h": 1,
+            "HEADS": fit_heads(config.solve_heads, hv // hk), "BK": min(config.solve_block_k, K), "L2NORM": norm,
+            "EXP_GATE": exp_gate, "ZERO_PADDING": False, "SOLVE_PRECISION": solve_precision,
+            "g_stride_h": 1, "beta_stride_h": 1,
         }  # fmt: skip
         if not norm:
             constexprs |= {"q_norm_ptr": None, "k_norm_ptr": None}
@@ -65,7 +66,12 @@ def variants(problem: Problem, sm: int) -> Iterator[Variant]:
         kinds.append((cut_launch, True))
     for (block_v, warps, stages), cut in kinds:
         for transition in (False, True) if cut else (False,):
-            constexprs = shared | {"BV": block_v, "TRANSITION": transition, "SAME_STRIDES": True}
+            constexprs = shared | {
+                "BV": block_v,
+                "BK": min(config.state_block_k, K),
+                "TRANSITION": transition,
+                "SAME_STRIDES": True,
+            }
             if not cut:
                 constexprs["segments_ptr"] = None
             if not problem.checkpoints:

@@ -3,8 +3,8 @@
 Grid: (blocks of tokens) x (2*Hk + Hv heads, and one slot for the gates). A block lies inside one sequence, so the
 history of a token is either in the rows before it or, for the first W-1 tokens of the first block, in conv_state.
 Which block is which is worked out on the device from cu_seqlens: at most cdiv(T, BT) + B + 1 blocks exist, known from
-shapes alone, and the surplus ones exit. The tokens past cu_seqlens[-1] are treated as one sequence more, whose outputs
-are zeros; so every element of the outputs is written here and no fill is launched.
+shapes alone, and the surplus ones exit. The tokens past cu_seqlens[-1] are treated as one padding sequence more, and
+the outputs of padding are zeros; so every element of the outputs is written here and no fill is launched.
 
 A program's tile is [R, D]: R runs of RUN neighbouring tokens, all D channels of a head. It asks for all RUN + W-1 rows
 before it computes anything (many 16-byte loads in flight), then slides along the run: each input is read from memory
@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_plugin.ops._triton.gates import log_decay, round_to, sigmoid, silu
-from gdn_plugin.ops._triton.launch import compile_count, launch
+from gdn_plugin.ops._triton.launch import compile_count, device_sm, launch
 from gdn_plugin.ops._triton.tiles import PrologueConfig, prologue_config
 from gdn_plugin.registry import Problem
 
@@ -60,7 +60,7 @@ def find_block(p_cu_seqlens, i_block, num_sequences, num_tokens, BT: tl.constexp
 @triton.jit
 def conv_head(
     p_x, p_weight, p_bias, p_conv_state, p_out, i_channel, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w,
-    stride_out, length, i_block, first_column, num_columns, readable, writable, is_tail,
+    stride_out, length, i_block, first_column, num_columns, readable, writable, is_padding,
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, SPECULATIVE: tl.constexpr,
 ):  # fmt: skip
     """One head of one block. p_x and p_out point at the sequence's first token, p_conv_state at the pool row."""
@@ -101,7 +101,7 @@ def conv_head(
         y = round_to(silu(acc), p_out.dtype.element_ty)
         if NORM:
             y = y * tl.rsqrt(tl.sum(y * y, axis=1) + 1e-6)[:, None]
-        y = tl.where(is_tail, 0.0, y)
+        y = tl.where(is_padding, 0.0, y)
         o_t = run_start + j
         tl.store(
             p_out + o_t[:, None] * stride_out + o_d[None, :], y.to(p_out.dtype.element_ty), mask=(o_t < length)[:, None]
@@ -152,7 +152,8 @@ def conv_prologue_kernel(
     )
     if i_block * BT >= length:
         return
-    is_tail = i_seq == num_sequences
+    row = tl.load(p_indices + i_seq * stride_indices, mask=i_seq < num_sequences, other=null_index).to(tl.int64)
+    is_padding = row <= null_index  # the tail of padding tokens is a sequence on a null row
 
     if i_slot == num_slots - 1:
         o_t = start + i_block * BT + tl.arange(0, BT)
@@ -162,16 +163,15 @@ def conv_prologue_kernel(
         b = tl.load(p_b + o_t[:, None] * stride_b_t + o_h[None, :] * stride_b_h, mask=mask, other=0.0)
         A_log = tl.load(p_A_log + o_h, mask=o_h < num_v_heads, other=0.0).to(tl.float32)
         dt_bias = tl.load(p_dt_bias + o_h, mask=o_h < num_v_heads, other=0.0).to(tl.float32)
-        g = tl.where(is_tail, 0.0, log_decay(a.to(tl.float32), A_log[None, :], dt_bias[None, :]))
+        g = tl.where(is_padding, 0.0, log_decay(a.to(tl.float32), A_log[None, :], dt_bias[None, :]))
         if EXP_GATE:
             g = tl.exp(g)
-        beta = tl.where(is_tail, 0.0, sigmoid(b.to(tl.float32)))
+        beta = tl.where(is_padding, 0.0, sigmoid(b.to(tl.float32)))
         o_out = o_t[:, None] * num_v_heads + o_h[None, :]
         tl.store(p_g + o_out, g, mask=mask)
         tl.store(p_beta + o_out, beta, mask=mask)
         return
 
-    row = tl.load(p_indices + i_seq * stride_indices, mask=i_seq < num_sequences, other=null_index).to(tl.int64)
     writable = row > null_index
     readable = writable
     if p_has_initial is not None:
@@ -190,7 +190,7 @@ def conv_prologue_kernel(
         conv_head(
             p_x, p_weight, p_bias, p_conv_state, p_out + start * (num_k_heads * K), i_slot * K,
             stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads * K,
-            length, i_block, first_column, num_columns, readable, writable, is_tail,
+            length, i_block, first_column, num_columns, readable, writable, is_padding,
             K, W, R, RUN, True, p_accepted is not None,
         )  # fmt: skip
     else:
@@ -198,7 +198,7 @@ def conv_prologue_kernel(
         conv_head(
             p_x, p_weight, p_bias, p_conv_state, p_v + start * (num_v_heads * V) + i_h * V,
             2 * num_k_heads * K + i_h * V, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w,
-            num_v_heads * V, length, i_block, first_column, num_columns, readable, writable, is_tail,
+            num_v_heads * V, length, i_block, first_column, num_columns, readable, writable, is_padding,
             V, W, R, RUN, False, p_accepted is not None,
         )  # fmt: skip
         if p_state is not None:
@@ -217,13 +217,17 @@ def conv_prologue(
 ) -> None:  # fmt: skip
     """Causal conv + SiLU + split + L2 norm + gates of mixed_qkv [T, 2*Hk*K + Hv*V] into q, k, v, g, beta (contiguous).
 
-    Updates conv_state rows in place and, with `state`, zeroes the rows of sequences without an initial state. Padding
-    tokens give zeros (g: 1 under exp_gate); rows of padding (index <= null_index) and empty sequences stay as they are.
+    Updates conv_state rows in place and, with `state`, zeroes the rows of sequences without an initial state. Tokens
+    past cu_seqlens[-1] and those of padding sequences (index <= null_index) give zeros (g: 1 under exp_gate); rows of
+    padding and empty sequences stay as they are.
     """
     conv_prologue_with_config(
         mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state,
         num_accepted_tokens, a, b, A_log, dt_bias, state, num_k_heads, head_k_dim, head_v_dim, exp_gate, null_index,
-        q, k, v, g, beta, config=prologue_config(mixed_qkv.shape[0], cu_seqlens.shape[0] - 1),
+        q, k, v, g, beta,
+        config=prologue_config(
+            device_sm(q.device), q.dtype, head_k_dim, head_v_dim, mixed_qkv.shape[0], cu_seqlens.shape[0] - 1
+        ),
     )  # fmt: skip
 
 

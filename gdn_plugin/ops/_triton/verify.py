@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_plugin.ops._triton.gates import delta_step, l2_normalise, log_decay, sigmoid
-from gdn_plugin.ops._triton.launch import compile_count, launch
+from gdn_plugin.ops._triton.launch import compile_count, device_sm, launch
 from gdn_plugin.ops._triton.tiles import TileConfig, verify_config
 from gdn_plugin.registry import Problem
 
@@ -20,15 +20,17 @@ __all__ = ["compile_count", "verify", "verify_with_config", "warm_up"]
 
 
 @triton.jit(
-    do_not_specialize=["stride_a_t", "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "num_sequences",
-                       "num_tokens", "num_slots", "num_v_heads", "ratio", "null_index"],
-    do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_accepted", "p_cu_seqlens"],
+    do_not_specialize=["stride_a_t", "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "stride_start",
+                       "has_start", "num_sequences", "num_tokens", "num_slots", "num_v_heads", "ratio", "null_index"],
+    do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_accepted", "p_start",
+                                    "p_cu_seqlens"],
 )  # fmt: skip
 def verify_kernel(
-    p_q, p_k, p_v, p_a, p_b, p_A_log, p_dt_bias, p_state, p_indices, p_accepted, p_cu_seqlens, p_out,
+    p_q, p_k, p_v, p_a, p_b, p_A_log, p_dt_bias, p_state, p_indices, p_accepted, p_start, p_cu_seqlens,
+    p_out,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_a_t, stride_a_h, stride_b_t,
-    stride_b_h, stride_state, stride_indices, stride_out_t, stride_out_h,
-    scale, num_sequences, num_tokens, num_slots, num_v_heads, ratio, null_index,
+    stride_b_h, stride_state, stride_indices, stride_start, stride_out_t, stride_out_h,
+    has_start, scale, num_sequences, num_tokens, num_slots, num_v_heads, ratio, null_index,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr, L2NORM: tl.constexpr, ZERO_PADDING: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = V // BV
@@ -48,8 +50,9 @@ def verify_kernel(
     if i_b < num_sequences:
         end = tl.load(p_cu_seqlens + i_b + 1).to(tl.int64)
         if start < end:
+            # Start rows are the table itself, or a table of one column: one variant of the kernel serves both.
             origin = tl.maximum(tl.load(p_accepted + i_b).to(tl.int64) - 1, 0)
-            row = tl.load(p_indices + i_b * stride_indices + origin).to(tl.int64)
+            row = tl.load(p_start + i_b * stride_start + tl.where(has_start != 0, 0, origin)).to(tl.int64)
     if row <= null_index:
         if ZERO_PADDING:
             for i_t in range(start, end):
@@ -96,36 +99,40 @@ def verify_kernel(
 
 def verify(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor,
-    state_indices: Tensor, num_accepted_tokens: Tensor, cu_seqlens: Tensor, scale: float, use_qk_l2norm: bool,
-    null_index: int, out: Tensor, zero_padding: bool,
+    state_indices: Tensor, num_accepted_tokens: Tensor, cu_seqlens: Tensor, start_rows: Tensor | None, scale: float,
+    use_qk_l2norm: bool, null_index: int, out: Tensor, zero_padding: bool,
 ) -> None:  # fmt: skip
     """Packed speculative tokens: q, k [T, Hk, K], v and out [T, Hv, V], a and b [T, Hv], state_indices [B, S].
 
-    Sequence i starts from row state_indices[i, n_i - 1] and its state after token t lands in row state_indices[i, t].
-    A sequence whose start row is <= null_index is padding; a single target row that is, is skipped.
+    Sequence i starts from row state_indices[i, n_i - 1], or start_rows[i] where given, and its state after token t
+    lands in row state_indices[i, t]. A sequence whose start row is <= null_index is padding; a single target row that
+    is, is skipped.
     """
-    config = verify_config(state_indices.shape[0] * v.shape[1], q.shape[2], v.shape[2])
+    num_heads = state_indices.shape[0] * v.shape[1]
+    config = verify_config(device_sm(q.device), state.dtype, num_heads, q.shape[2], v.shape[2])
     verify_with_config(
-        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, scale, use_qk_l2norm,
-        null_index, out, zero_padding, config=config,
+        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows, scale,
+        use_qk_l2norm, null_index, out, zero_padding, config=config,
     )  # fmt: skip
 
 
 def verify_with_config(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, state: Tensor,
-    state_indices: Tensor, num_accepted_tokens: Tensor, cu_seqlens: Tensor, scale: float, use_qk_l2norm: bool,
-    null_index: int, out: Tensor, zero_padding: bool, *, config: TileConfig,
+    state_indices: Tensor, num_accepted_tokens: Tensor, cu_seqlens: Tensor, start_rows: Tensor | None, scale: float,
+    use_qk_l2norm: bool, null_index: int, out: Tensor, zero_padding: bool, *, config: TileConfig,
 ) -> None:  # fmt: skip
     """`verify` with a given configuration, for a tuning script."""
     num_tokens, num_k_heads, K = q.shape
     num_v_heads, V = v.shape[1:]
     batch = state_indices.shape[0]
+    start = state_indices if start_rows is None else start_rows
     launch(
         verify_kernel, ((batch + zero_padding) * num_v_heads * (V // config.block_v),),
-        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, out,
+        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, start, cu_seqlens, out,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), a.stride(0), a.stride(1),
-        b.stride(0), b.stride(1), state.stride(0), state_indices.stride(0), out.stride(0), out.stride(1),
-        scale, batch, num_tokens, state_indices.shape[1], num_v_heads, num_v_heads // num_k_heads, null_index,
+        b.stride(0), b.stride(1), state.stride(0), state_indices.stride(0), start.stride(0), out.stride(0),
+        out.stride(1), int(start_rows is not None), scale, batch, num_tokens, state_indices.shape[1], num_v_heads,
+        num_v_heads // num_k_heads, null_index,
         K=K, V=V, BV=config.block_v, L2NORM=use_qk_l2norm, ZERO_PADDING=zero_padding,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

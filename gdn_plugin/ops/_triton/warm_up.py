@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin.ops._triton import decode, fused_decode, prologue, tiles, verify
+from gdn_plugin.ops._triton.launch import device_sm
 from gdn_plugin.ops._triton.variant_list import CONV_WIDTH, distinct
 from gdn_plugin.registry import Problem
 
@@ -21,6 +22,7 @@ def warm_up(problem: Problem) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     hk, hv, K, V = problem.num_k_heads, problem.num_v_heads, problem.head_k_dim, problem.head_v_dim
     io, state_dtype = getattr(torch, problem.dtype), getattr(torch, problem.state_dtype)
+    sm = device_sm(device)
     steps = max(problem.max_spec_tokens, 1)
     key_dim, value_dim = hk * K, hv * V
     dim = 2 * key_dim + value_dim
@@ -49,19 +51,19 @@ def warm_up(problem: Problem) -> None:
         gates = (a, b, A_log, dt_bias)
         first = (a[:1], b[:1], A_log, dt_bias)
         if problem.op == "decode":
-            for config, norm in itertools.product(distinct(tiles.decode_configs(K, V)), (True, False)):
+            for config, norm in itertools.product(distinct(tiles.decode_configs(sm, state_dtype, K, V)), (True, False)):
                 decode.decode_with_config(q[:1], k[:1], v[:1], *first, state, one, scale, norm, 0, out[:1],
                                           zero_padding, config=config)  # fmt: skip
         elif problem.op == "verify":
             rows = torch.arange(1, steps + 1, dtype=torch.int32, device=device)[None]
             offsets = torch.tensor([0, steps], dtype=torch.int32, device=device)
-            for config, norm in itertools.product(distinct(tiles.verify_configs(K, V)), (True, False)):
-                verify.verify_with_config(q, k, v, *gates, state, rows, one, offsets, scale, norm, 0, out,
+            for config, norm in itertools.product(distinct(tiles.verify_configs(sm, state_dtype, K, V)), (True, False)):
+                verify.verify_with_config(q, k, v, *gates, state, rows, one, offsets, None, scale, norm, 0, out,
                                           zero_padding, config=config)  # fmt: skip
         elif problem.op == "fused_decode":
             norms = ((None, None, "silu"), (z[:1], zeros(V), "silu"), (z[:1], zeros(V), "sigmoid"))
             for config, (gate_input, norm_weight, gate) in itertools.product(
-                distinct(tiles.fused_decode_configs(K, V)), norms
+                distinct(tiles.fused_decode_configs(sm, state_dtype, K, V)), norms
             ):
                 fused_decode.fused_decode_with_config(
                     mixed[:1], weight, None, conv_state, *first, state, one, hk, K, V, scale, gate_input, norm_weight,
@@ -74,7 +76,7 @@ def warm_up(problem: Problem) -> None:
             fresh = torch.zeros(1, dtype=torch.bool, device=device)
             calls = ((fresh, None, state), (fresh, None, None), (None, one, None))
             for config, (initial, accepted, pool), exp_gate in itertools.product(
-                distinct(tiles.prologue_configs()), calls, (False, True)
+                distinct(tiles.prologue_configs(sm, io, K, V)), calls, (False, True)
             ):
                 prologue.conv_prologue_with_config(
                     mixed, weight, None, conv_state, one, offsets, initial, accepted, *gates, pool, hk, K, V, exp_gate,

@@ -11,7 +11,7 @@ from gdn_plugin.ops.cpu.build import compile_count, warm_up
 
 __all__ = ["compile_count", "verify", "warm_up"]
 
-_LAYOUT = Struct("=6q 12q 14q 4q 3q 2q 6q d2q 4q q")
+_LAYOUT = Struct("=6q 12q 14q 4q 3q 2q 9q d2q 4q q")
 
 
 def verify(
@@ -26,6 +26,7 @@ def verify(
     state_indices: Tensor,
     num_accepted_tokens: Tensor,
     cu_seqlens: Tensor,
+    start_rows: Tensor | None,
     scale: float,
     use_qk_l2norm: bool,
     null_index: int,
@@ -41,6 +42,7 @@ def verify(
         *pack.pool("state", state), *pack.integers("state_indices", state_indices),
         state_indices.stride(0), state_indices.shape[1],
         *pack.integers("num_accepted_tokens", num_accepted_tokens), *pack.integers("cu_seqlens", cu_seqlens),
+        *pack.integers("start_rows", start_rows),
         scale, use_qk_l2norm, null_index,
         *pack.rows("out", out), zero_padding,
     )  # fmt: skip

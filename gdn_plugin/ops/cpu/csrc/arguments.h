@@ -90,7 +90,7 @@ struct VerifyArguments {
   Pool state;
   Integers state_indices;  // [B, S]: data and the stride of columns
   int64_t state_indices_row, columns;
-  Integers num_accepted_tokens, cu_seqlens;
+  Integers num_accepted_tokens, cu_seqlens, start_rows;
   double scale;
   int64_t use_qk_l2norm, null_index;
   Rows out;
@@ -110,6 +110,14 @@ struct FusedDecodeArguments {
   int64_t gate_is_sigmoid, null_index;
   Rows out;
   int64_t zero_padding;
+};
+
+struct GatedNormArguments {
+  int64_t tokens, heads, value_dim;
+  Rows x, z;
+  Vector weight;
+  double eps;
+  int64_t gate_is_sigmoid;
 };
 
 struct PrologueArguments {
@@ -148,4 +156,5 @@ int32_t gdn_decode(const gdn::DecodeArguments*);
 int32_t gdn_verify(const gdn::VerifyArguments*);
 int32_t gdn_fused_decode(const gdn::FusedDecodeArguments*);
 int32_t gdn_conv_prologue(const gdn::PrologueArguments*);
+int32_t gdn_gated_norm(const gdn::GatedNormArguments*);
 }

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common.h"
+#include "norm.h"
 #include "recurrent.h"
 
 namespace gdn {
@@ -239,17 +240,7 @@ inline void fused_decode(const FusedDecodeArguments& p) {
       step_state(at(p.state.data, row * p.state.row + h * V * K, p.state.dtype), p.state.dtype, K, token, 0, V, spare);
       if (with_norm) {
         load_row(z, at(p.z.data, i * p.z.row + h * p.z.head, p.z.dtype), p.z.dtype, V, values);
-        vf total{};
-        for (int64_t c = 0; c < values; c += LANES) {
-          const vf y = rounded(load(o + c), io);
-          total += y * y;
-          store(o + c, y);
-        }
-        const float r = 1.0f / std::sqrt(sum(total) / float(V) + float(p.norm_eps));
-        for (int64_t c = 0; c < values; c += LANES) {
-          const vf x = load(z + c);
-          store(o + c, load(o + c) * r * load(w + c) * (p.gate_is_sigmoid ? sigmoid(x) : silu(x)));
-        }
+        gated_norm_row(o, z, w, V, values, io, float(p.norm_eps), p.gate_is_sigmoid);
       }
       store_row(out_of(h), o, p.out.dtype, V);
     }
@@ -265,18 +256,18 @@ inline void prologue_head(const PrologueArguments& p, Channels& channels, const 
                           int64_t n, const Rows& result, int64_t head, bool with_norm) {
   const int64_t W = p.conv.width, i = block.sequence, start = p.cu_seqlens[i], end = p.cu_seqlens[i + 1];
   const int64_t row = p.state_indices[i];
-  const bool padding = is_padding(row, p.null_index), is_first = block.begin == start;
+  const bool is_first = block.begin == start;
   const bool fresh = p.has_initial_state != nullptr && !p.has_initial_state[i * p.has_initial_state_stride];
   const bool speculative = p.num_accepted_tokens.data != nullptr;
   channels.select(first, n);
   if (!is_first) {
     channels.read_tokens(0, block.begin - (W - 1), W - 1);
-  } else if (padding || fresh) {
+  } else if (fresh) {
     channels.no_history();
   } else {
     channels.read_history(row, speculative ? std::max<int64_t>(p.num_accepted_tokens[i], 1) - 1 : 0);
   }
-  if (is_first && !padding) {
+  if (is_first) {
     // Input j of the sequence with its history in front goes to column j - offset.
     const int64_t length = end - start, offset = speculative ? 1 : length;
     for (int64_t j = offset; j < W - 1 + length; j++) {
@@ -313,10 +304,10 @@ inline void prologue_gates(const PrologueArguments& p, int64_t begin, int64_t co
   }
 }
 
-// Tokens that belong to no sequence.
-inline void prologue_padding(const PrologueArguments& p) {
+// Tokens begin .. end belong to padding.
+inline void prologue_padding(const PrologueArguments& p, int64_t begin, int64_t end) {
   const Rows* const results[] = {&p.q, &p.k, &p.v};
-  for (int64_t t = p.cu_seqlens[p.size.sequences]; t < p.size.tokens; t++) {
+  for (int64_t t = begin; t < end; t++) {
     for (const Rows* x : results) {
       const bool values = x == &p.v;
       for (int64_t h = 0; h < (values ? p.size.value_heads : p.size.key_heads); h++) {
@@ -333,10 +324,15 @@ inline void prologue_padding(const PrologueArguments& p) {
 inline void conv_prologue(const PrologueArguments& p) {
   const int64_t Hk = p.size.key_heads, Hv = p.size.value_heads, K = p.size.key_dim, V = p.size.value_dim;
   const int64_t heads = 2 * Hk + Hv, longest = std::max(K, V), gates = round_up(Hv, LANES);
-  prologue_padding(p);
+  prologue_padding(p, p.cu_seqlens[p.size.sequences], p.size.tokens);
   std::vector<TokenBlock> blocks;
   for (int64_t i = 0; i < p.size.sequences; i++) {
-    for (int64_t t = p.cu_seqlens[i], end = p.cu_seqlens[i + 1]; t < end; t += TOKEN_BLOCK) {
+    const int64_t begin = p.cu_seqlens[i], end = p.cu_seqlens[i + 1];
+    if (is_padding(p.state_indices[i], p.null_index)) {
+      prologue_padding(p, begin, end);
+      continue;
+    }
+    for (int64_t t = begin; t < end; t += TOKEN_BLOCK) {
       blocks.push_back({i, t, std::min(TOKEN_BLOCK, end - t)});
     }
   }
@@ -363,7 +359,6 @@ inline void conv_prologue(const PrologueArguments& p) {
     const bool fresh = p.has_initial_state != nullptr && !p.has_initial_state[i * p.has_initial_state_stride];
     if (p.state.data != nullptr && fresh && block.begin == p.cu_seqlens[i]) {
       const int64_t row = p.state_indices[i], size = Hv * V * K, first = size * part / parts;
-      if (is_padding(row, p.null_index)) return;
       zero_row(at(p.state.data, row * p.state.row + first, p.state.dtype), p.state.dtype,
                size * (part + 1) / parts - first);
     }

@@ -2,6 +2,7 @@
 #include "arguments.h"
 #include "common.h"
 #include "conv.h"
+#include "norm.h"
 #include "prefill.h"
 #include "recurrent.h"
 
@@ -12,10 +13,10 @@ namespace {
 int32_t check_verify(const VerifyArguments& p) {
   if (!offsets_fit(p.cu_seqlens, p.size.sequences, p.size.tokens)) return GDN_BAD_CU_SEQLENS;
   for (int64_t i = 0; i < p.size.sequences; i++) {
-    const int64_t length = p.cu_seqlens[i + 1] - p.cu_seqlens[i], accepted = p.num_accepted_tokens[i];
+    const int64_t length = p.cu_seqlens[i + 1] - p.cu_seqlens[i];
     if (length > p.columns) return GDN_BAD_CU_SEQLENS;
     if (length == 0) continue;
-    if (accepted > p.columns) return GDN_BAD_ACCEPTED;
+    if (p.start_rows.data == nullptr && p.num_accepted_tokens[i] > p.columns) return GDN_BAD_ACCEPTED;
     if (origin_of(p, i) >= p.state.rows) return GDN_BAD_STATE_INDICES;
     for (int64_t t = 0; t < length; t++) {
       if (p.state_indices[i * p.state_indices_row + t * p.state_indices.stride] >= p.state.rows)
@@ -94,6 +95,11 @@ int32_t gdn_fused_decode(const FusedDecodeArguments* p) {
 int32_t gdn_conv_prologue(const PrologueArguments* p) {
   if (const int32_t refusal = check_prologue(*p)) return refusal;
   conv_prologue(*p);
+  return GDN_OK;
+}
+
+int32_t gdn_gated_norm(const GatedNormArguments* p) {
+  gated_norm(*p);
   return GDN_OK;
 }
 }

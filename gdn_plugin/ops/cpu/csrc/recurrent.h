@@ -139,36 +139,43 @@ GDN_INLINE int64_t part_edge(int64_t value_dim, int64_t part, int64_t parts) {
 }
 
 inline void decode(const DecodeArguments& p) {
-  const int64_t Hv = p.size.value_heads, K = p.size.key_dim, V = p.size.value_dim, group = Hv / p.size.key_heads;
-  const int64_t padded = round_up(K, LANES), values = round_up(V, LANES);
-  const int64_t parts = parts_of_values(p.size.sequences * Hv, V);
-  for_each_task(p.size.sequences * Hv * parts, [&](int64_t task) {
-    const int64_t part = task % parts, h = task / parts % Hv, i = task / parts / Hv;
+  const int64_t Hk = p.size.key_heads, Hv = p.size.value_heads, K = p.size.key_dim, V = p.size.value_dim;
+  const int64_t group = Hv / Hk, padded = round_up(K, LANES), values = round_up(V, LANES);
+  // A key head with all its value heads is one task, which prepares k and q once; where that leaves few tasks a thread,
+  // each value head is one, and where even they are too few, a part of its channels.
+  const int64_t split = p.size.sequences * Hk < 4 * gdn_threads() ? group : 1;
+  const int64_t parts = parts_of_values(p.size.sequences * Hk * split, V);
+  for_each_task(p.size.sequences * Hk * split * parts, [&](int64_t task) {
+    const int64_t part = task % parts, rest = task / parts, i = rest / (Hk * split);
+    const int64_t first = rest % (Hk * split) * (group / split), last = first + group / split, key_head = first / group;
     const int64_t begin = part_edge(V, part, parts), end = part_edge(V, part + 1, parts);
     if (begin == end) return;
-    void* const out = at(p.out.data, i * p.out.row + h * p.out.head + begin, p.out.dtype);
+    const auto out_of = [&](int64_t h) { return at(p.out.data, i * p.out.row + h * p.out.head + begin, p.out.dtype); };
     const int64_t row = p.state_indices[i];
     if (is_padding(row, p.null_index)) {
-      if (p.zero_padding) zero_row(out, p.out.dtype, end - begin);
+      for (int64_t h = first; p.zero_padding && h < last; h++) zero_row(out_of(h), p.out.dtype, end - begin);
       return;
     }
     Scratch& scratch = Scratch::of_this_thread(2 * Scratch::piece(padded) + 2 * Scratch::piece(values) +
-                                               LANES * Scratch::piece(padded));
+                                               LANES * Scratch::piece(padded) + 2 * Scratch::piece(group));
     float *k = scratch.take(padded), *q = scratch.take(padded), *v = scratch.take(values), *o = scratch.take(values);
+    float *log_decay = scratch.take(group), *beta = scratch.take(group);
     float* const spare = scratch.take(LANES * padded);
-    load_row(k, at(p.k.data, i * p.k.row + h / group * p.k.head, p.k.dtype), p.k.dtype, K, padded);
-    load_row(q, at(p.q.data, i * p.q.row + h / group * p.q.head, p.q.dtype), p.q.dtype, K, padded);
-    load_row(v, at(p.v.data, i * p.v.row + h * p.v.head, p.v.dtype), p.v.dtype, V, values);
+    load_row(k, at(p.k.data, i * p.k.row + key_head * p.k.head, p.k.dtype), p.k.dtype, K, padded);
+    load_row(q, at(p.q.data, i * p.q.row + key_head * p.q.head, p.q.dtype), p.q.dtype, K, padded);
     if (p.use_qk_l2norm) {
       l2_normalise(k, padded, p.k.dtype);
       l2_normalise(q, padded, p.q.dtype);
     }
-    float log_decay, beta;
-    gates_of(p.gates, i, h, 1, &log_decay, &beta);
-    const Token token{k, q, v, vexp(splat(log_decay))[0], beta, dot(k, q, padded), float(p.scale), o};
-    step_state(at(p.state.data, row * p.state.row + h * V * K, p.state.dtype), p.state.dtype, K, token, begin, end,
-               spare);
-    store_row(out, o + begin, p.out.dtype, end - begin);
+    gates_of(p.gates, i, first, last - first, log_decay, beta);
+    const float k_dot_q = dot(k, q, padded);
+    for (int64_t h = first; h < last; h++) {
+      load_row(v, at(p.v.data, i * p.v.row + h * p.v.head, p.v.dtype), p.v.dtype, V, values);
+      const Token token{k, q, v, vexp(splat(log_decay[h - first]))[0], beta[h - first], k_dot_q, float(p.scale), o};
+      step_state(at(p.state.data, row * p.state.row + h * V * K, p.state.dtype), p.state.dtype, K, token, begin, end,
+                 spare);
+      store_row(out_of(h), o + begin, p.out.dtype, end - begin);
+    }
   });
 }
 
@@ -192,6 +199,7 @@ inline void verify_block(const VerifyArguments& p, int64_t sequence, int64_t ori
 }
 
 inline int64_t origin_of(const VerifyArguments& p, int64_t i) {
+  if (p.start_rows.data != nullptr) return p.start_rows[i];
   const int64_t accepted = std::max<int64_t>(p.num_accepted_tokens[i], 1);
   return p.state_indices[i * p.state_indices_row + (accepted - 1) * p.state_indices.stride];
 }
