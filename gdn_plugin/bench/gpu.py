@@ -113,6 +113,8 @@ def profiles(job: Job) -> None:
         _profile(found, f"prefill 8x1024 from q, k, v on, {name}", ("prefill", name), w=w)
     one = workload.make_workload(layer, (1,) * 64, device="cuda")
     _profile(found, "decode B=64, ours", ("fused_decode", "triton"), w=one)
+    for name in ("triton", "flashinfer", "fla"):
+        _profile(found, f"decode B=64 from q, k, v on, {name}", ("decode", name), w=one)
     job.extra["profiles"] = found
     job.save()
 
