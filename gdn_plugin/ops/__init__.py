@@ -203,7 +203,7 @@ def decode(
     args = (q, k, v, a, b, A_log, dt_bias, state, state_indices, resolved, use_qk_l2norm, null_index)
     if out is None:
         return _gdn.decode.default(*args, name)
-    if not compiling and direct.possible(q, state):
+    if not compiling and direct.possible(q, k, v, a, b, A_log, dt_bias, state, state_indices, out):
         library.run_decode(*args, out, name)
     else:
         _gdn.decode_out.default(*args, out, name)
@@ -263,7 +263,21 @@ def fused_decode(
     )  # fmt: skip
     if out is None:
         return _gdn.fused_decode.default(*args, name)
-    if not compiling and direct.possible(mixed_qkv, state):
+    tensors = (
+        mixed_qkv,
+        conv_weight,
+        conv_bias,
+        conv_state,
+        a,
+        b,
+        A_log,
+        dt_bias,
+        state,
+        state_indices,
+        z,
+        norm_weight,
+    )
+    if not compiling and direct.possible(*tensors, out):
         library.run_fused_decode(*args, out, name)
     else:
         _gdn.fused_decode_out.default(*args, out, name)
@@ -300,7 +314,8 @@ def verify(
         num_accepted_tokens: [B] int32, 1..S.
         cu_seqlens: [B+1]; sequences of at most S tokens.
         start_rows: [B] int32, where the caller has looked the rows to start from up: they are taken as they are, and
-            num_accepted_tokens is not read. Layers can share them, and FlashInfer's kernel needs no other launch then.
+            num_accepted_tokens is not read. A row that another sequence writes in this call must not be among them.
+            Layers can share them, and FlashInfer's kernel needs no other launch then.
         scale: on the output; None is K^-0.5.
     Returns:
         out [T, Hv, V]: the buffer given, or a new one.

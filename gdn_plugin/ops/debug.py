@@ -23,16 +23,23 @@ def enabled() -> bool:
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
-def rows(op: str, rows_named: Tensor, pool_rows: int, null_index: int, name: str = "state_indices") -> None:
+def rows(op: str, rows_named: Tensor, pool_rows: int, null_index: int) -> None:
     """Every row that is not padding is in the pool and named once."""
     named = [i for i in rows_named.flatten().tolist() if i > null_index]
     if named and max(named) >= pool_rows:
-        fail(op, name, f"rows below N = {pool_rows}", max(named))
+        fail(op, "state_indices", f"rows below N = {pool_rows}", max(named))
     seen: set[int] = set()
     for row in named:
         if row in seen:
-            fail(op, name, "unique rows", f"row {row} more than once")
+            fail(op, "state_indices", "unique rows", f"row {row} more than once")
         seen.add(row)
+
+
+def start_rows(op: str, start: Tensor, lens: list[int], pool_rows: int) -> None:
+    """Rows that sequences start from are in the pool; those of empty sequences are not read, and two may be one."""
+    for row, length in zip(start.tolist(), lens, strict=True):
+        if length > 0 and row >= pool_rows:
+            fail(op, "start_rows", f"rows below N = {pool_rows}", row)
 
 
 def offsets(op: str, cu_seqlens: Tensor, tokens: int) -> list[int]:

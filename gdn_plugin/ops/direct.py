@@ -8,6 +8,8 @@ profiler active. On a GPU a step is a graph's replay, and the way round costs no
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -24,21 +26,35 @@ _CAN_ASK = (
     and _present(torch.autograd, "_profiler_enabled")
 )
 
+_NO_DISPATCH = Tensor.__torch_dispatch__
 
-def possible(io: Tensor, state: Tensor) -> bool:
+
+@functools.cache
+def _plain(kind: type) -> bool:
+    """Whether tensors of this type are just tensors (parameters are), not wrappers with a meaning of their own."""
+    return getattr(kind, "__torch_dispatch__", None) is _NO_DISPATCH
+
+
+def possible(*tensors: Tensor | None) -> bool:
     """Called outside of torch.compile only.
 
     Args:
-        io, state: what fake tensors, subclasses and other devices would show in.
+        tensors: every tensor of the call. A wrapper, a fake, a view with a pending negation or a lazy zero is more than
+            its memory says, which only the dispatcher knows; other devices show in the first.
     """
-    return (
+    if not (
         _CAN_ASK
         and torch.is_inference_mode_enabled()
-        and type(io) is Tensor
-        and type(state) is Tensor
-        and io.is_cpu
+        and tensors[0] is not None
+        and tensors[0].is_cpu
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
         and not torch.autograd._profiler_enabled()
-    )
+        and not torch.jit.is_tracing()
+    ):
+        return False
+    for x in tensors:  # noqa: SIM110 - a generator would cost a microsecond
+        if x is not None and (not _plain(type(x)) or x.is_neg() or x._is_zerotensor()):
+            return False
+    return True

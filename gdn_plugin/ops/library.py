@@ -226,11 +226,12 @@ def run_verify(
     if debug.enabled():
         slots = state_indices.shape[1]
         debug.rows("verify", state_indices, state.shape[0], null_index)
-        debug.speculative_lens("verify", debug.offsets("verify", cu_seqlens, q.shape[0]), slots)
+        lens = debug.offsets("verify", cu_seqlens, q.shape[0])
+        debug.speculative_lens("verify", lens, slots)
         if start_rows is None:
             debug.accepted("verify", num_accepted_tokens, slots)
         else:
-            debug.rows("verify", start_rows, state.shape[0], null_index, "start_rows")
+            debug.start_rows("verify", start_rows, lens, state.shape[0])
     with _on_device_of(q):
         run(
             q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows, scale,

@@ -63,7 +63,7 @@ def _pool(
         and state.dtype in STATE_DTYPES
         and state_indices.shape == (tokens,)
         and state_indices.dtype is _INT32
-        and null_index >= -1
+        and -1 <= null_index < 2**31
         and state.device == device
         and state_indices.device == device
     )

@@ -84,6 +84,8 @@ def _integer(op: str, name: str, x: Any, minimum: int) -> None:
         fail(op, name, f"an int >= {minimum}", f"{type(x).__name__} {x!r}")
     if x < minimum:
         fail(op, name, f"an int >= {minimum}", x)
+    if x >= 2**31:  # kernels take it in 32 bits
+        fail(op, name, "an int below 2**31", x)
 
 
 def _flag(op: str, name: str, x: Any) -> None:

@@ -103,3 +103,15 @@ def test_one_sequences_rows_have_strides_that_cute_compiles_for(rows):
         mark(rows)
     mark(as_its_shape_says(rows))
     assert as_its_shape_says(rows).data_ptr() == rows.data_ptr()
+
+
+def test_one_token_from_start_rows_is_refused(h100):
+    """FlashInfer's decode writes the row it reads; the contract writes state_indices[i, 0]."""
+    arguments = verify_args(torch.float32)
+    batch = len(arguments["state_indices"])
+    arguments["state_indices"] = empty(batch, 1, dtype=torch.int32)
+    arguments["start_rows"] = empty(batch, dtype=torch.int32)
+    for name in ("q", "k", "v", "a", "b", "out"):
+        arguments[name] = empty(batch, *arguments[name].shape[1:])
+    with pytest.raises(ValueError, match="start_rows"):
+        verify(**arguments)

@@ -116,7 +116,7 @@ def start_rows(state_dtype, batch=5):
     }
 
 
-@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("width", [2, 4])
 @pytest.mark.parametrize("batch", [1, 17, 64])
 def test_verify_with_start_rows_is_one_launch(device, counter, state_dtype, batch, width):
     arguments = verify_args(state_dtype, batch=batch, width=width) | start_rows(state_dtype, batch)

@@ -171,10 +171,60 @@ def test_subclasses_and_levels_take_the_dispatcher() -> None:
     plain, pool = torch.zeros(2), torch.zeros(2)
     with torch.inference_mode():
         assert direct.possible(plain, pool)
-        assert not direct.possible(torch.nn.Parameter(plain), pool)
-        assert not direct.possible(plain, torch.nn.Parameter(pool))
+        assert direct.possible(plain, torch.nn.Parameter(pool))  # a parameter is its memory
+        assert not direct.possible(plain, pool, Wrapper(plain))
         assert not direct.possible(plain.to("meta"), pool)
         assert not torch.func.vmap(lambda x: x + int(direct.possible(plain, pool)))(torch.zeros(1)).any()
         with torch.device("cpu"):
             assert not direct.possible(plain, pool)
     assert not direct.possible(plain, pool)
+
+
+class Wrapper(torch.Tensor):
+    """Has no memory of its own: a kernel that read its address would crash."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"a wrapper saw {function}")
+
+
+@pytest.mark.parametrize("name", ["k", "v", "a", "b", "A_log", "dt_bias", "state_indices", "out"])
+def test_a_wrapper_anywhere_takes_the_dispatcher(name: str) -> None:
+    arguments = decode_arguments()
+    arguments[name] = Wrapper(arguments[name])
+    with torch.inference_mode(), pytest.raises((NotImplementedError, TypeError, ValueError)):
+        ops.decode(**arguments, backend="cpu" if name != "state_indices" else "torch")
+
+
+@pytest.mark.parametrize("name", ["q", "v", "a", "dt_bias"])
+def test_what_memory_does_not_say_takes_the_dispatcher(name: str) -> None:
+    """A pending negation and a lazy zero: the short way would read their memory as it is."""
+    with torch.inference_mode():
+        plain = decode_arguments()
+        for odd, meant in (
+            (torch._neg_view(plain[name]), -plain[name]),
+            (torch._efficientzerotensor(plain[name].shape), torch.zeros_like(plain[name])),
+        ):
+            results = []
+            for value in (odd, meant):
+                given = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in plain.items()}
+                given[name] = value
+                results.append((ops.decode(**given, backend="torch"), given["state"]))
+            for got, want in zip(*results, strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def test_a_trace_keeps_the_op() -> None:
+    arguments = decode_arguments()
+    q = arguments.pop("q")
+    with torch.inference_mode():
+        traced = torch.jit.trace(lambda x: ops.decode(x, **arguments, backend="torch"), q, check_trace=False)
+    assert "gdn::decode" in str(traced.graph)
+
+
+def test_a_parameter_takes_the_short_way() -> None:
+    assert direct._plain(torch.nn.Parameter) and direct._plain(torch.Tensor) and not direct._plain(Wrapper)

@@ -24,7 +24,7 @@ def let_artefacts_load() -> bool:
         artefact = getattr(importlib.import_module(_MODULE), _CLASS)
     except (ImportError, AttributeError):
         return False
-    if _METHOD in vars(artefact):
+    if hasattr(artefact, _METHOD):
         return False
     setattr(artefact, _METHOD, _nothing_left)
     return True

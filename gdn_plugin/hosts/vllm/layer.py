@@ -187,7 +187,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             mixed_qkv[:, first : first + size].unflatten(1, (key_heads, part.size(2))).copy_(part)
             first += size
         b, a = ba.unflatten(1, (key_heads, 2 * ratio)).split(ratio, dim=2)
-        return mixed_qkv, z.reshape(tokens, -1, v_dim), b.reshape(tokens, -1), a.reshape(tokens, -1)
+        heads = key_heads * ratio
+        return mixed_qkv, z.reshape(tokens, heads, v_dim), b.reshape(tokens, heads), a.reshape(tokens, heads)
 
     def _qkv_size(self) -> int:
         return (2 * self.key_dim + self.value_dim) // self.tp_size

@@ -76,7 +76,8 @@ def decode(
     skips_padding = state.dtype == torch.float32
     rows = state_indices
     off_boundary = not (is_dense(rows) and is_aligned(rows, INDEX_ALIGNMENT))
-    if off_boundary or (skips_padding and null_index >= 0):  # a bf16 pool's kernel takes the null rows as they are
+    # A bf16 pool's kernel takes row 0 for padding as it is, and other null rows for sequences.
+    if off_boundary or null_index > (-1 if skips_padding else 0):
         from gdn_plugin.ops._flashinfer.rows import start_rows
 
         rows = start_rows(rows, null_index, padding=-1 if skips_padding else 0)

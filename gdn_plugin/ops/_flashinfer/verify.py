@@ -70,6 +70,11 @@ def verify(
             f"q: backend flashinfer needs {width} tokens of every sequence, as state_indices {(batch, width)} says, "
             f"so {batch * width} rows; got {q.shape[0]} (a ragged batch: use triton)"
         )
+    if width == 1 and start_rows is not None:
+        raise ValueError(
+            "start_rows: backend flashinfer takes them with 2 tokens a sequence or more; with one it runs its decode, "
+            "which writes the row that it reads"
+        )
     if batch == 0 or width == 0:
         return
     skips_padding = state.dtype == torch.float32
@@ -77,7 +82,7 @@ def verify(
         need_contiguous(state=state)
 
     start, rows = start_rows, state_indices
-    if start is None or not _as_they_are(start, rows) or (skips_padding and null_index >= 0):
+    if start is None or not _as_they_are(start, rows) or null_index > (-1 if skips_padding else 0):
         from gdn_plugin.ops._flashinfer.rows import verify_rows
 
         padding = -1 if skips_padding else 0

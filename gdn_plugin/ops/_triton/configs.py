@@ -96,6 +96,9 @@ PREFILL: Mapping[Key, PrefillConfig] = {
     (0, 0, 0, "float32"): PrefillConfig(
         solve_warps=8, solve_block_k=16, block_v=16, state_block_k=32, state_warps=8, state_stages=1
     ),
+    (90, 128, 0, "float32"): PrefillConfig(
+        solve_warps=8, solve_block_k=16, block_v=16, state_block_k=64, state_warps=8, state_stages=1
+    ),
 }
 
 

@@ -174,7 +174,8 @@ def prefill_state_kernel(
     o_o = o_vv if SAME_STRIDES else o_t[:, None] * out_stride_t + o_v[None, :]
     o_m = o_t[:, None] * 64 + o_t[None, :]
 
-    for i in range(first_chunk, last_chunk):
+    # Offsets hoisted out of the loop would be held in registers over all of it.
+    for i in tl.range(first_chunk, last_chunk, disable_licm=OUTPUT_FIRST):
         m_t = i * 64 + o_t < length
         b_k = ()
         for j in tl.static_range(K // BK):
@@ -206,7 +207,11 @@ def prefill_state_kernel(
         last = tl.load(p_d + 63)
         b_next = ()
         for j in tl.static_range(K // BK):
-            b_next = b_next + (tl.dot(b_w, b_k[j], acc=b_s[j] * last, input_precision=PRECISION),)
+            if OUTPUT_FIRST:  # noqa: SIM108 - read again: all blocks from above would not fit in registers either
+                b_kj = tl.load(p_k + j * BK + o_kk, mask=m_t[:, None], other=0.0).to(DOT)
+            else:
+                b_kj = b_k[j]
+            b_next = b_next + (tl.dot(b_w, b_kj, acc=b_s[j] * last, input_precision=PRECISION),)
         b_s = b_next
         if not TRANSITION:
             if not OUTPUT_FIRST:
