@@ -43,8 +43,9 @@ def bound(core: Core, state: torch.Tensor) -> int:
 def test_binding_a_padded_bf16_pool_compiles_for_it_once():
     layers = [core("bfloat16", decode="flashinfer") for _ in range(3)]
     (problem,) = {layer.selection["decode"].problem for layer in layers}
+    before = ops.compile_count()  # other tests compile in this process too
     ops.warm_up(problem, backend="flashinfer")
-    assert ops.compile_count() == 0, "what is compiled for a made-up pool serves no other"
+    assert ops.compile_count() == before, "what is compiled for a made-up pool serves no other"
     state = pool(torch.bfloat16)
     assert bound(layers[0], state) > 1
     assert [bound(layer, pool(torch.bfloat16)) for layer in layers] == [0, 0, 0]

@@ -16,7 +16,7 @@ from gdn_plugin.hosts.vllm.cpu_memory import keep_freed_memory
 def faults():
     for turn in range(6):  # the first turns are malloc's own learning
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        blocks = [torch.empty(2**21).fill_(1.0) for _ in range(7)]  # 8 MiB each, as a layer's temporaries
+        blocks = [torch.empty(3 * 2**21).fill_(1.0) for _ in range(2)]  # 24 MiB each, as a layer's temporaries
         del blocks
         last = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     return last
@@ -35,4 +35,6 @@ def test_temporaries_are_not_mapped_anew() -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     done = subprocess.run([sys.executable, "-c", COUNT], capture_output=True, text=True, check=True, env=environment)
     before, after = map(int, done.stdout.split())
-    assert before > 2000 > 100 > after
+    assert after < 100
+    if before < 2000:
+        pytest.skip("glibc had seen a larger block already (importing torch compiles its files once), so nothing shows")
