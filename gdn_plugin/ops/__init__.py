@@ -264,20 +264,9 @@ def fused_decode(
     if out is None:
         return _gdn.fused_decode.default(*args, name)
     tensors = (
-        mixed_qkv,
-        conv_weight,
-        conv_bias,
-        conv_state,
-        a,
-        b,
-        A_log,
-        dt_bias,
-        state,
-        state_indices,
-        z,
-        norm_weight,
-    )
-    if not compiling and direct.possible(*tensors, out):
+        mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, z, norm_weight, out,
+    )  # fmt: skip
+    if not compiling and direct.possible(*tensors):
         library.run_fused_decode(*args, out, name)
     else:
         _gdn.fused_decode_out.default(*args, out, name)

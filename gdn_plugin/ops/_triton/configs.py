@@ -20,7 +20,7 @@ The solve launch at 16x32, 8x1024: 125 us with 4 warps, 264 with 8, 149 with two
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 Key = tuple[int, int, int, str]
@@ -74,31 +74,28 @@ class PrefillConfig:
     cut_stages: int = 2
 
 
+# wgmma wants 64 rows a warpgroup; two of them a program (64/4/2 is as fast, and spills 8 bytes with a bf16 state). With
+# fewer programs than half the multiprocessors, smaller ones and a chunk more in flight.
+_WGMMA = PrefillConfig(
+    block_v=128, state_warps=8, small_block_v=32, small_stages=3, full_programs=66, segment_programs=128
+)
+# Three TF32 products a dot: slow, and registers are what is short. For checking numbers, not for serving.
+_FP32 = PrefillConfig(solve_warps=8, solve_block_k=16, block_v=16, state_block_k=32, state_warps=8, state_stages=1)
+
 PREFILL: Mapping[Key, PrefillConfig] = {
     # mma.sync: more rows than 32 of 128 columns spill; so do q and k in whole rows beside their products.
     (0, 0, 0, ""): PrefillConfig(solve_block_k=64, block_v=32, small_block_v=32, segment_programs=256),
     (0, 64, 0, ""): PrefillConfig(solve_block_k=32, block_v=32, small_block_v=32, segment_programs=256),
     (0, 256, 0, ""): PrefillConfig(solve_block_k=64, block_v=16, state_warps=8),
-    # wgmma wants 64 rows a warpgroup; two of them a program (64/4/2 is as fast, and spills 8 bytes with a bf16 state).
-    # With fewer programs than half the multiprocessors, smaller ones and a chunk more in flight.
-    (90, 0, 0, ""): PrefillConfig(
-        block_v=128, state_warps=8, small_block_v=32, small_stages=3, full_programs=66, segment_programs=128
-    ),
-    # The same, but cut sequences in smaller programs: in fp16 those of 32 rows spill 16 bytes where bf16's do not.
-    (90, 128, 0, "float16"): PrefillConfig(
-        block_v=128, state_warps=8, small_block_v=16, small_stages=3, full_programs=66, segment_programs=128
-    ),
+    (90, 0, 0, ""): _WGMMA,
+    # Cut sequences in smaller programs: in fp16 those of 32 rows spill 16 bytes where bf16's do not.
+    (90, 128, 0, "float16"): replace(_WGMMA, small_block_v=16),
     (90, 256, 0, ""): PrefillConfig(solve_block_k=64, block_v=32, state_warps=8),
     # tcgen05: the same rows over 8 warps, which is what keeps 128 columns from spilling.
     (100, 0, 0, ""): PrefillConfig(solve_registers=255, state_warps=8, small_warps=8, segment_programs=296),
     (100, 256, 0, ""): PrefillConfig(solve_block_k=64, block_v=32, state_warps=8),
-    # Three TF32 products a dot: slow, and registers are what is short. For checking numbers, not for serving.
-    (0, 0, 0, "float32"): PrefillConfig(
-        solve_warps=8, solve_block_k=16, block_v=16, state_block_k=32, state_warps=8, state_stages=1
-    ),
-    (90, 128, 0, "float32"): PrefillConfig(
-        solve_warps=8, solve_block_k=16, block_v=16, state_block_k=64, state_warps=8, state_stages=1
-    ),
+    (0, 0, 0, "float32"): _FP32,
+    (90, 128, 0, "float32"): replace(_FP32, state_block_k=64),
 }
 
 
