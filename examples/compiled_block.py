@@ -45,10 +45,8 @@ class GatedDeltaNet(nn.Module):
             mixed, self.conv_weight, None, self.conv_state, rows, cu_seqlens, has_initial_state, a, b, self.A_log,
             self.dt_bias, **self.sizes,
         )  # fmt: skip
-        o = ops.prefill(q, k, v, g, beta, self.state, rows, cu_seqlens, has_initial_state=has_initial_state).float()
-        o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + 1e-6) * self.norm_weight.float()
-        o = o * nn.functional.silu(z.float())
-        return self.out(o.to(x.dtype).flatten(-2))
+        o = ops.prefill(q, k, v, g, beta, self.state, rows, cu_seqlens, has_initial_state=has_initial_state)
+        return self.out(ops.gated_norm(o, z, self.norm_weight).flatten(-2))
 
     def step(self, x: Tensor, rows: Tensor) -> Tensor:
         """One token a sequence, x [B, hidden]: the whole core in one op."""

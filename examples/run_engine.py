@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from gdn_plugin.tools import child
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; a tiny model needs less
@@ -141,7 +142,7 @@ def run_in_subprocess(
     timeout: float = 600,
     script: Path | None = None,
 ) -> tuple[dict[str, Any] | None, str]:
-    """Run `job` in a new process.
+    """Run `job` in a new process, which ends with this one.
 
     Args:
         script: run instead of this file, with the same two arguments.
@@ -153,33 +154,13 @@ def run_in_subprocess(
     job_file, result_file, log_file = (folder / f"{name}.{kind}" for kind in ("job.json", "result.json", "log"))
     result_file.unlink(missing_ok=True)
     job_file.write_text(json.dumps(job))
+    command = [sys.executable, str(script or __file__), str(job_file), str(result_file)]
     with log_file.open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(script or __file__), str(job_file), str(result_file)],
-            env=os.environ | ENVIRONMENT | (environment or {}),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            _end_group(process)
-            raise
+        child.run(command, log=log, environment=os.environ | ENVIRONMENT | (environment or {}), timeout=timeout)
     text = log_file.read_text(errors="replace")
     if not result_file.exists():
-        _end_group(process)  # a failed engine may leave workers behind
         return None, text
     return json.loads(result_file.read_text()), text
-
-
-def _end_group(process: subprocess.Popen) -> None:
-    import contextlib
-    import signal
-
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from gdn_plugin.cli import main
+from gdn_plugin.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from gdn_plugin.accuracy import report, task
-from gdn_plugin.accuracy.run import MODES, STOCK, Run, able_backends, ask, last_error
-from gdn_plugin.accuracy.score import Cell, score, wilson
+from gdn_plugin.tools.accuracy import report, task
+from gdn_plugin.tools.accuracy.run import MODES, STOCK, Run, able_backends, ask, last_error
+from gdn_plugin.tools.accuracy.score import Cell, score, wilson
 
 MODEL = Path(__file__).parent.parent / "examples" / "recall" / "model"
 
@@ -90,7 +90,7 @@ def test_score_counts_first_and_whole_and_measures_distance():
 
 
 def test_a_backend_is_judged_against_the_reference_and_stock_is_not():
-    from gdn_plugin.accuracy.evaluate import trouble
+    from gdn_plugin.tools.accuracy.evaluate import trouble
 
     good = Cell(128, 500, 500, 499, 0.02)
     bad = Cell(128, 500, 480, 450, 0.3)
@@ -118,7 +118,8 @@ def test_table_and_json_say_the_same_and_fit_eighty_columns():
     assert (
         "| stock vLLM | cache+spec | 100.0 | 100.0 | 80.0 | 40.0 | 80.0 (76.3 to 83.3) | 96.0 | 0.0213 | n |" in table
     )
-    assert "failed: OSError: gone" in table and "torch 2.13.0" in table
+    assert "| cpu | plain | - | - | - | - | - | - | - | failed |" in table
+    assert "cpu, plain: OSError: gone" in table and "torch 2.13.0" in table
     listed = json.loads(report.as_json([*rows, report.Row("x", "-", (Cell(4, 1, 1, 1, math.nan),))], {}))["rows"]
     assert listed[0]["all"]["interval"] == pytest.approx([0.7627, 0.8327], abs=1e-4)
     assert listed[1]["all"] is None
@@ -139,7 +140,7 @@ def test_the_last_error_of_a_log_is_found_behind_vllms_prefixes(log):
 
 def test_the_committed_model_is_small_and_remembers():
     pytest.importorskip("transformers", reason="transformers is not installed; it runs the fp32 reference")
-    from gdn_plugin.accuracy.reference import Reference
+    from gdn_plugin.tools.accuracy.reference import Reference
 
     assert (MODEL / "model.safetensors").stat().st_size < 3e6
     prompts = task.held_out_prompts(100, task.TRAINING_LENGTH, seed=7)
@@ -155,8 +156,8 @@ def test_the_committed_tokenizer_is_the_tasks_vocabulary():
 
 
 def test_backends_and_modes_follow_from_the_platform():
-    from gdn_plugin.cli.accuracy import MODES as OFFERED
     from gdn_plugin.registry import Platform
+    from gdn_plugin.tools.cli.accuracy import MODES as OFFERED
 
     config = json.loads((MODEL / "config.json").read_text())
     assert OFFERED == MODES
@@ -191,8 +192,8 @@ def test_training_writes_a_checkpoint_that_loads(tmp_path):
 @pytest.mark.parametrize("mode", ["plain", "cache+spec"])
 def test_the_plugin_answers_through_a_real_engine(mode):
     pytest.importorskip("vllm", reason="vllm is not installed")
-    from gdn_plugin.accuracy.evaluate import engine_row
-    from gdn_plugin.accuracy.reference import Reference
+    from gdn_plugin.tools.accuracy.evaluate import engine_row
+    from gdn_plugin.tools.accuracy.reference import Reference
 
     prompts = {128: task.held_out_prompts(8, 128, seed=3), 300: task.held_out_prompts(8, 300, seed=3)}
     row = engine_row(Run("torch", mode, prompts), MODEL, Reference(MODEL))
@@ -207,7 +208,7 @@ def test_the_plugin_answers_through_a_real_engine(mode):
 @pytest.mark.engine
 def test_a_row_names_who_really_served(monkeypatch):
     pytest.importorskip("vllm", reason="vllm is not installed")
-    from gdn_plugin.accuracy.run import EngineError
+    from gdn_plugin.tools.accuracy.run import EngineError
 
     monkeypatch.setenv("VLLM_PLUGINS", "nothing_of_ours")
     with pytest.raises(EngineError, match=r"asked for torch, but the layers that served are: vllm\.") as caught:

@@ -1,18 +1,26 @@
-"""The command line: doctor and check, as a user calls them."""
+"""The command line as a user calls it: doctor, check, and what every command does with bad values and ends."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from gdn_plugin import cli, selfcheck
-from gdn_plugin.cli import doctor, host
+from gdn_plugin.ops import selfcheck
 from gdn_plugin.registry import choice
+from gdn_plugin.tools import child, cli
+from gdn_plugin.tools.cli import doctor, host
 
+ROOT = Path(__file__).parents[1]
 REFUSALS = {
     "CUDA 12.8": (["--cuda", "12.8"], "needs CUDA >= 13.0 on SM 100, found 12.8"),
     "no cutlass-dsl": (["--package", "nvidia-cutlass-dsl=none"], "pip install 'nvidia-cutlass-dsl[cu13]>=4.4.2'"),
@@ -36,7 +44,10 @@ def complete_build(monkeypatch):
 @pytest.fixture
 def run(capsys):
     def call(*arguments):
-        code = cli.main(list(arguments))
+        try:
+            code = cli.main(list(arguments))
+        except SystemExit as exc:  # argparse's way to end
+            code = exc.code
         shown = capsys.readouterr()
         return SimpleNamespace(code=code, out=shown.out, err=shown.err, words=" ".join(shown.out.split()))
 
@@ -113,25 +124,33 @@ class TestDoctorSimulated:
         ("arguments", "message"),
         [
             (["--simulate", "sm100"], "platform 'sm100' is not valid"),
-            (["--simulate", "sm_100", "--package", "flashinfer=0.7"], "did you mean flashinfer-python?"),
+            (["--simulate", "sm_100", "--package", "flashinfer=0.7"], "did you mean 'flashinfer-python'?"),
             (["--simulate", "sm_100", "--package", "torch"], "'torch' is not NAME=VALUE"),
             (["--cuda", "13.0"], "give --simulate too"),
             (["--simulate", "sm_100", "--cuda", "banana"], "'banana' is not a version"),
+            (["--simulate", "sm_100", "--package", "triton=abc"], "'abc' is neither a version nor none"),
+            (["--simulate", "sm_100", "--feature", "flashinfer.prefil=none"], "did you mean 'flashinfer.prefill'?"),
+            (["--simulate", "sm_100", "--feature", "=yes"], "is not NAME=VALUE"),
+            (["--host-contract", "nowhere"], "no unpacked vllm in nowhere"),
+            (["--heads", "16"], "is not two positive numbers"),
+            (["--heads", "2,3"], "must be a multiple"),
+            (["--heads", "0,0"], "is not two positive numbers"),
+            (["--heads", "²,²"], "is not two positive numbers"),
+            (["--dims", "a,b"], "is not two positive numbers"),
+            (["--dtype", "bf16"], "invalid choice"),
+            (["--state-dtype", "int8"], "invalid choice"),
         ],
     )
     def test_bad_arguments(self, run, arguments, message):
         shown = run("doctor", *arguments)
         assert shown.code == 2
-        assert message in shown.err
+        assert message in shown.err and shown.err.count("\n") == 1 and not shown.out
 
-    @pytest.mark.parametrize(
-        "arguments",
-        [["--heads", "16"], ["--heads", "2,3"], ["--dtype", "bf16"], ["--dims", "a,b"], ["--state-dtype", "float16"]],
-    )
-    def test_bad_shapes(self, run, arguments):
-        with pytest.raises(SystemExit) as caught:
-            run("doctor", *arguments)
-        assert caught.value.code == 2
+    def test_hosts_promise_a_scratch_row(self, run):
+        """FlashInfer has no mask for padding: without the promise no host would get it."""
+        report, _ = simulate(run, "--state-dtype", "bfloat16")
+        assert report["selection"]["prefill"]["backend"] == "flashinfer"
+        assert report["selection"]["gated_norm"]["backend"] == "triton"
 
     def test_feature(self, run):
         report, _ = simulate(run, "--feature", "flashinfer.prefill=none")
@@ -250,6 +269,10 @@ class TestCheck:
         assert "2 of 2 passed" in shown.out
         assert max(map(len, shown.out.splitlines())) <= 80
 
+    def test_the_norm_too(self, run):
+        shown = run("check", *self.SMALL, "--backend", "torch")
+        assert "gated_norm    torch       ok" in shown.out
+
     def test_json(self, run):
         shown = run("check", *self.SMALL, "--op", "decode", "--backend", "reference", "--json")
         report = json.loads(shown.out)
@@ -261,7 +284,7 @@ class TestCheck:
         def failing(backend, problem, device):
             return selfcheck.CheckResult(backend.name, problem.op, {"out": 1.0}, {"out": 3.0}, 0.04, 0.1, "out is off")
 
-        monkeypatch.setattr(selfcheck, "check", failing)
+        monkeypatch.setattr(selfcheck, "run", failing)
         shown = run("check", *self.SMALL, "--op", "decode", "--backend", "reference")
         assert shown.code == 1
         assert "FAILED" in shown.out
@@ -279,15 +302,233 @@ class TestCheck:
         assert "choose one of: flashinfer, triton, cpu, torch, reference" in shown.err
 
 
+BENCH = ("bench", "--op", "decode", "--backend", "torch", "--shape", "1,2,64,64")
+ACCURACY = ("accuracy", "--model", str(ROOT / "examples/recall/model"), "--backend", "torch", "--mode", "plain")
+WRONG = [
+    *((*BENCH, "--mix", mix) for mix in ("0", "-1", "nan", "", ",", "0x5", "2x3", "99999999")),
+    *((*BENCH, "--seconds", seconds) for seconds in ("nan", "inf", "0", "-1", "soon")),
+    *((*BENCH, "--shape", shape) for shape in ("nope", "0,0,64,64", "2,3,64,64", "-1,2,64,64", "²,²,64,64")),
+    *((*BENCH, flag, name) for flag in ("--backend", "--against") for name in ("", ",", "nosuch", "torch,nosuch")),
+    *((*BENCH, "--json", file) for file in (".", "nowhere/rows.json", "/proc/rows.json")),
+    (*BENCH, "--plot", "nowhere/rows.png"),
+    (*BENCH, "--engine", "nowhere"),
+    *((*ACCURACY, "--prompts", number) for number in ("0", "-3", "nan", "1.5")),
+    *((*ACCURACY, "--lengths", lengths) for lengths in ("", ",", "0", "128,x", "12")),
+    *((*ACCURACY, "--subset", number) for number in ("0", "nan")),
+    *((*ACCURACY, "--pairs", number) for number in ("0", "3", "1000")),
+    *((*ACCURACY, "--mode", mode) for mode in ("", "fast", "plain,")),
+    *((*ACCURACY, "--backend", name) for name in ("", "nosuch")),
+    *((*ACCURACY, flag, ".") for flag in ("--json", "--markdown")),
+    (*ACCURACY, "--model", "nowhere"),
+    *(("check", "--backend", name) for name in ("", "nosuch")),
+    *(("compile", "--sm", "90", "--workers", number) for number in ("0", "-1", "many")),
+    ("compile", "--sm", "90", "--sm-count", "0"),
+    ("compile", "--sm", "90", "--cache", "/proc/nowhere"),
+    ("compile", "--sm", "91"),
+]
+
+
+@pytest.mark.parametrize("arguments", WRONG, ids=" ".join)
+def test_a_bad_value_is_one_line_before_any_work(run, arguments, monkeypatch, tmp_path):
+    from gdn_plugin.tools.bench import timing
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "ceilings", lambda device: pytest.fail("work was begun"))
+    monkeypatch.setattr("gdn_plugin.tools.child.run", lambda *_, **__: pytest.fail("an engine was started"))
+    shown = run(*arguments)
+    assert shown.code == 2
+    assert shown.err.startswith(f"gdn-plugin {arguments[0]}: ") and shown.err.count("\n") == 1
+    assert not shown.out and not list(tmp_path.iterdir())
+
+
+class TestEnds:
+    """As processes, since it is about their streams and signals."""
+
+    def command(self, *arguments, shell="", **options):
+        line = f"{shell.format(command=shlex.join([sys.executable, '-m', 'gdn_plugin', *arguments]))}"
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            ["bash", "-c", line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, **options
+        )
+
+    @pytest.mark.parametrize(
+        "shell", ["{command} >&-", "{command} <&- >&- 2>&-", "set -o pipefail; {command} | true"], ids=str
+    )
+    def test_nobody_reads(self, shell):
+        done = self.command("doctor", "--simulate", "sm_90", shell=shell)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def test_a_closed_stdout_is_not_a_files(self, tmp_path):
+        """The first file that is opened must not get the number of standard output, and with it what is printed."""
+        out = tmp_path / "rows.json"
+        arguments = ("bench", "--op", "gated_norm", "--backend", "torch", "--shape", "1,2,64,64", "--mix", "2")
+        done = self.command(*arguments, "--seconds", "0.1", "--json", str(out), shell="{command} >&-")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert [row["contender"] for row in json.loads(out.read_text())["rows"]] == ["torch"]
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+    def test_a_full_disk(self):
+        done = self.command("doctor", "--simulate", "sm_90", shell="{command} >/dev/full")
+        assert done.returncode == 1
+        assert done.stderr == "gdn-plugin doctor: standard output: No space left on device\n"
+
+    def test_ctrl_c_ends_in_one_line_and_keeps_what_was_measured(self, tmp_path):
+        out = tmp_path / "rows.json"
+        arguments = [
+            "--op",
+            "decode",
+            "--backend",
+            "torch",
+            "--shape",
+            "1,2,64,64",
+            "--mix",
+            "1,2,3",
+            "--seconds",
+            "1000",
+        ]
+        code = (
+            "import os, signal; from gdn_plugin.tools.bench import timing\n"
+            "def interleaved(calls, **_):\n"
+            "    if turns.pop(): os.kill(os.getpid(), signal.SIGINT)\n"
+            "    return {name: [1.0] for name in calls}\n"
+            "turns = [True, False]; timing.interleaved = interleaved\n"
+            "timing.ceilings = lambda device: {'copy_bytes_per_s': 1e10, 'matmul_flops_per_s': 1e11}\n"
+            "from gdn_plugin.tools.cli import main\n"
+            f"raise SystemExit(main({['bench', *arguments, '--json', str(out)]!r}))"
+        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert (done.returncode, done.stderr) == (130, "gdn-plugin bench: interrupted\n")
+        assert [row["mix"] for row in json.loads(out.read_text())["rows"]] == ["1"]
+        assert "decode  1,2,64,64  1 " in done.stdout
+
+    def test_an_interrupted_accuracy_run_keeps_its_rows(self, run, tmp_path, monkeypatch):
+        pytest.importorskip("vllm", reason="vllm is not installed")
+        from gdn_plugin.tools.accuracy import evaluate, reference, report
+        from gdn_plugin.tools.accuracy.score import Cell
+
+        def interrupted(*_, **__):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(reference, "Reference", lambda model: None)
+        row = report.Row(report.REFERENCE, "-", (Cell(128, 4, 4, 4, 0.0),))
+        monkeypatch.setattr(evaluate, "reference_row", lambda *_: row)
+        monkeypatch.setattr(evaluate, "engine_row", interrupted)
+        data, table = tmp_path / "rows.json", tmp_path / "table.md"
+        shown = run(*ACCURACY, "--lengths", "128", "--json", str(data), "--markdown", str(table))
+        assert (shown.code, shown.err) == (130, "gdn-plugin accuracy: interrupted\n")
+        assert [row["backend"] for row in json.loads(data.read_text())["rows"]] == [report.REFERENCE]
+        assert "| fp32 reference |" in table.read_text()
+
+
+# Starts children of its own, one of which leaves the session, and tells their ids.
+TREE = """
+import subprocess, sys, time
+sleep = [sys.executable, "-c", "import time; time.sleep(300)"]
+two = [subprocess.Popen(sleep, start_new_session=new) for new in (False, True)]
+print(*(process.pid for process in two), flush=True)
+if len(sys.argv) < 2: time.sleep(300)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def gone(pids: list[int], seconds: float = 5.0) -> bool:
+    end = time.monotonic() + seconds
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+class TestChildren:
+    def test_status_and_what_is_left_behind(self, tmp_path):
+        log_file = tmp_path / "log"
+        with log_file.open("w") as log:
+            assert child.run([sys.executable, "-c", "raise SystemExit(3)"], log=log) == 3
+            kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+            assert child.run([sys.executable, "-c", kill], log=log) == -signal.SIGKILL
+            assert child.run([sys.executable, "-c", TREE, "leave"], log=log) == 0
+        pids = [int(word) for word in log_file.read_text().split()]
+        assert len(pids) == 2 and not any(map(alive, pids))
+
+    def test_a_timeout_leaves_nothing(self, tmp_path):
+        log_file = tmp_path / "log"
+        with log_file.open("w") as log, pytest.raises(subprocess.TimeoutExpired):
+            child.run([sys.executable, "-c", TREE], log=log, timeout=3)
+        pids = [int(word) for word in log_file.read_text().split()]
+        assert len(pids) == 2 and not any(map(alive, pids))
+
+    @pytest.mark.parametrize(
+        "end", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGHUP], ids=lambda s: s.name
+    )
+    def test_a_whole_tree_ends_with_whoever_started_it(self, tmp_path, end):
+        log_file = tmp_path / "log"
+        run = f"child.run([sys.executable, '-c', {TREE!r}], log=sys.stdout)"
+        code = f"import sys; from gdn_plugin.tools import child; {run}"
+        with log_file.open("w") as log:
+            starter = subprocess.Popen(
+                [sys.executable, "-c", code], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)}
+            )
+        while log_file.read_text().count(" ") < 1 or not log_file.read_text().endswith("\n"):
+            assert starter.poll() is None, log_file.read_text()
+            time.sleep(0.05)
+        pids = [int(word) for word in log_file.read_text().split()]
+        assert all(map(alive, pids))
+        starter.send_signal(end)
+        starter.wait(10)
+        assert gone(pids)
+
+    def test_a_worker_of_a_pool_ends_with_its_starter(self, tmp_path):
+        script = tmp_path / "pool.py"
+        script.write_text(
+            "import os, time\nfrom multiprocessing import get_context\n"
+            "from concurrent.futures import ProcessPoolExecutor\n"
+            "from gdn_plugin.tools.child import end_with_parent\n"
+            "if __name__ == '__main__':\n"
+            "    pool = ProcessPoolExecutor(1, get_context('spawn'), end_with_parent)\n"
+            "    print(pool.submit(os.getpid).result(), flush=True); time.sleep(300)\n"
+        )
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        starter = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment)
+        worker = int(starter.stdout.readline())
+        assert alive(worker)
+        starter.kill()
+        starter.wait()
+        assert gone([worker])
+
+    @pytest.mark.engine
+    @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+    def test_an_engine_ends_with_its_command(self, end):
+        pytest.importorskip("vllm", reason="vllm is not installed")
+        command = [sys.executable, "-m", "gdn_plugin", *ACCURACY, "--prompts", "500", "--lengths", "256"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        parent = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=ROOT
+        )
+        while len(pids := child.descendants(parent.pid)) < 2:  # the keeper and the engine
+            assert parent.poll() is None
+            time.sleep(0.2)
+        time.sleep(4)
+        pids = child.descendants(parent.pid) or pids
+        parent.send_signal(end)
+        parent.wait(10)
+        assert gone(pids)
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--help"], ["check", "--help"], ["--version"]])
 def test_help(run, arguments):
-    with pytest.raises(SystemExit) as caught:
-        run(*arguments)
-    assert caught.value.code == 0
+    assert run(*arguments).code == 0
 
 
 def test_unknown_commands(run):
     for arguments in ([], ["docter"]):
-        with pytest.raises(SystemExit) as caught:
-            run(*arguments)
-        assert caught.value.code == 2
+        assert run(*arguments).code == 2

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from gdn_plugin import compile as compilation
-from gdn_plugin.cli import main
-from gdn_plugin.compile import Row
+from gdn_plugin.tools import compile as compilation
+from gdn_plugin.tools.cli import main
+from gdn_plugin.tools.compile import Row
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ONE_KERNEL = ["--backend", "triton", "--op", "decode", "--dims", "128,128", "--state-dtype", "bfloat16"]
@@ -39,6 +39,8 @@ def test_every_op_and_pair_of_dims_is_listed():
     for kernel in ("conv_prologue", "prefill_solve", "prefill_state", "decode", "fused_decode", "verify"):
         for dims in (f"K{K} V{V}" for K in (64, 128, 256) for V in (64, 128, 256)):
             assert any(name.startswith(f"{kernel} {dims} ") for name in names), (kernel, dims)
+    for dims in ("K64 V64", "K128 V128", "K256 V256"):
+        assert any(name.startswith(f"gated_norm {dims} ") for name in names), dims
 
 
 def test_a_failed_kernel_is_shown_and_exits_1(capsys, monkeypatch):
@@ -54,7 +56,7 @@ def test_a_variant_that_does_not_compile_is_a_row(monkeypatch):
     def refuse(self, sm):
         raise RuntimeError(f"no code for sm_{sm}")
 
-    monkeypatch.setattr("gdn_plugin.ops._triton.variants.Variant.compile", refuse)
+    monkeypatch.setattr("gdn_plugin.backends.triton.variants.KernelVariant.compile_for", refuse)
     (problem,) = [p for p in compilation.triton_problems() if p.op == "decode" and p.dtype == "float16"]
     row = compilation.compile_variant(90, problem, 0)
     assert row.error == "RuntimeError: no code for sm_90" and row.registers is None

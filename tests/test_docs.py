@@ -1,4 +1,4 @@
-"""What docs/troubleshooting.md quotes is what the code says."""
+"""What docs/troubleshooting.md quotes is what the code says; pages that can be read; links that lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
+CPU = ROOT / "gdn_plugin" / "backends" / "cpu"
 GAP = "…"
 
 
@@ -67,8 +68,56 @@ def test_known_bad_rows_are_all_on_the_page():
             assert number in text, f"{row.issue} is not in docs/troubleshooting.md"
 
 
-def test_links_of_the_documentation_lead_to_files():
-    for page in [*(ROOT / "docs").glob("*.md"), ROOT / "examples" / "recall" / "README.md"]:
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "examples" / "recall" / "README.md"],
+    key=lambda page: page.as_posix(),
+)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+class TestPages:
+    def test_links_lead_to_files(self, page):
         for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             if not target.startswith("http"):
-                assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+                assert (page.parent / target).exists(), f"links to {target}, which does not exist"
+
+    def test_files_that_are_named_exist(self, page):
+        """`gdn_plugin/registry/table.py`, and `registry/table.py` for what lies in the package."""
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"`((?:[a-z_0-9]+/)+[a-z_0-9]+\.(?:py|h|cpp|sh|md))`", text):
+            places = (ROOT, ROOT / "gdn_plugin", ROOT / "gdn_plugin" / "backends", CPU, page.parent)
+            assert any((place / name).exists() for place in places), f"{name} does not exist"
+
+    def test_no_line_is_longer_than_160(self, page):
+        found = [
+            f"{n}: {line[:60]}" for n, line in enumerate(page.read_text("utf-8").splitlines(), 1) if len(line) > 160
+        ]
+        assert not found
+
+
+def readme() -> str:
+    return (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_is_one_page_in_its_order():
+    assert len(readme().splitlines()) <= 100
+    headings = re.findall(r"^## (.*)", readme(), re.MULTILINE)
+    assert headings == [
+        "What it gives", "Install beside vLLM", "From a checkout, two commands", "Choosing a backend", "More"
+    ]  # fmt: skip
+
+
+def test_the_readme_lists_every_setting_and_backend():
+    from gdn_plugin.registry.table import BUILTIN_NAMES
+    from gdn_plugin.settings import TABLE
+
+    for name in TABLE:
+        _, _, phase = name.partition("GDN_PLUGIN_")[2].partition("_BACKEND")[0].rpartition("_")
+        assert name in readme() or f"`_{phase}_BACKEND`" in readme(), name
+    for name in BUILTIN_NAMES:
+        assert f"| `{name}` |" in readme()
+
+
+def test_nothing_is_installed_from_an_index_that_does_not_have_the_package():
+    for page in PAGES:
+        assert not re.search(r"pip install '?gdn-plugin", page.read_text(encoding="utf-8")), page.name

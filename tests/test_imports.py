@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -17,9 +18,21 @@ from gdn_plugin.registry.backend import in_build
 ROOT = Path(gdn_plugin.__file__).parent
 PYPROJECT = ROOT.parent / "pyproject.toml"
 FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
+NAMES = {path.relative_to(ROOT).as_posix() for path in FILES}
 HEAVY = ("torch", "triton", "flashinfer", "cutlass", "vllm", "transformers")
-# The entry point and doctor reach into the host's room, lazily.
-MAY_REACH_HOSTS = ("plugin.py", "cli/host.py", "cli/doctor.py")
+# Rooms from the lowest floor up: a room imports its own files and those of lower floors, when a file is imported.
+FLOORS = {
+    "settings.py": 0,
+    "cache.py": 1,
+    "registry": 2,
+    "ops": 3,
+    "backends": 4,
+    "hosts": 4,
+    "plugin.py": 5,
+    "tools": 6,
+}
+# What these import lazily, in a function, from a room that is not below them.
+LAZY = {("plugin.py", "hosts"), ("__main__.py", "tools")}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -60,20 +73,77 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+def floor(name: str) -> tuple[str, int] | None:
+    """(room, floor) of a path inside the package, or of a module's name; None for the package itself."""
+    parts = name.removeprefix("gdn_plugin").strip("./").replace("/", ".").removesuffix(".py").split(".")
+    top = parts[0] if parts[0] in FLOORS else f"{parts[0]}.py"
+    return (top, FLOORS[top]) if top in FLOORS else None
+
+
 @pytest.mark.parametrize("path", FILES, ids=room)
 def test_imports_run_one_way(path):
-    name = room(path)
+    own = floor(room(path))
     for module, at_import in imports(path):
-        if name.startswith("registry/"):
-            assert not within(module, "gdn_plugin") or within(module, "gdn_plugin.registry"), module
-        if name.startswith("ops/"):
-            allowed = within(module, "gdn_plugin.ops", "gdn_plugin.registry")
-            assert allowed or not within(module, "gdn_plugin"), module
-        if not name.startswith("hosts/"):
-            assert not within(module, "vllm"), f"{module}: only hosts/vllm imports vLLM"
-            if within(module, "gdn_plugin.hosts"):
-                assert not at_import and name in MAY_REACH_HOSTS, module
         assert not within(module, "ops", "registry"), f"{module}: the links at the top are no packages"
+        if within(module, "vllm"):
+            assert room(path).startswith("hosts/vllm/") or room(path) == "tools/vllm_engine.py", module
+        found = floor(module) if within(module, "gdn_plugin") else None
+        if found is None or own is None:
+            continue
+        (mine, my_floor), (theirs, their_floor) = own, found
+        if mine == theirs:
+            # No backend knows another one, and no host another one.
+            if mine in ("backends", "hosts"):
+                subroom, other = (x.split(".")[2] for x in ("gdn_plugin." + dotted(path) + ".", module + "."))
+                assert subroom == other or f"{mine}/{other}.py" in NAMES or other == "", module
+            continue
+        if theirs == "backends":
+            assert mine == "tools", f"{module}: backends are loaded by name"
+        assert their_floor < my_floor or (not at_import and (room(path), theirs) in LAZY), module
+
+
+def dotted(path: Path) -> str:
+    return room(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_no_circle_between_files():
+    """Not even one that is lazy: a file that is taken apart alone can be read alone."""
+    known = {f"gdn_plugin.{dotted(path)}" if room(path) != "__init__.py" else "gdn_plugin": path for path in FILES}
+    arrows: dict[str, set[str]] = {name: set() for name in known}
+    for name, path in known.items():
+        for module, _ in imports(path):
+            while module and module not in known:
+                module = module.rpartition(".")[0]
+            # A package's __init__ that its own files import by name of a sibling is not the sibling.
+            if module and module != name and not name.startswith(f"{module}."):
+                arrows[name].add(module)
+    assert circles(arrows) == []
+
+
+def circles(arrows: dict[str, set[str]]) -> list[str]:
+    """One circle, if there is any."""
+    try:
+        graphlib.TopologicalSorter(arrows).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) != []
+    assert circles({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if not room(path).startswith(("tools/", "backends/"))], ids=room
+)
+def test_no_mock_and_no_backends_name_above_the_registry(path):
+    text = path.read_text(encoding="utf-8")
+    assert "unittest" not in text
+    if room(path).startswith("registry/"):
+        return
+    strings = [node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    assert not {"flashinfer", "triton", "torch"} & {s for s in strings if isinstance(s, str)}, room(path)
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if room(path).startswith("registry/")], ids=room)
@@ -93,7 +163,7 @@ def test_no_folder_has_the_name_of_a_package_that_files_beside_it_import():
 
 @pytest.mark.parametrize(
     "modules",
-    ["gdn_plugin", "gdn_plugin.registry", "gdn_plugin.settings", "gdn_plugin.plugin", "gdn_plugin.cli.doctor"],
+    ["gdn_plugin", "gdn_plugin.registry", "gdn_plugin.settings", "gdn_plugin.plugin", "gdn_plugin.tools.cli.doctor"],
 )
 def test_importing_is_light(modules):
     if not in_build(f"{modules}:"):
@@ -109,7 +179,7 @@ def test_doctor_on_a_simulated_machine_imports_nothing_heavy():
     code = (
         "import sys; from gdn_plugin.registry import *; "
         "p = Platform.simulated('sm_100'); "
-        "print(choose(p, Problem('prefill', 'bfloat16', 'float32', 16, 32, 128, 128)).name); "
+        "print(choose(p, Problem('prefill', 'bfloat16', 'float32', 16, 32, 128, 128, padding='scratch')).name); "
         f"print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     )
     shown = subprocess.run(
@@ -128,8 +198,8 @@ class TestMetadata:
 
     def test_entry_points_lead_somewhere(self, project):
         assert project["entry-points"]["vllm.general_plugins"] == {"gdn_plugin": "gdn_plugin.plugin:register"}
-        assert project["scripts"] == {"gdn-plugin": "gdn_plugin.cli:main"}
-        for target in ("gdn_plugin.plugin:register", "gdn_plugin.cli:main"):
+        assert project["scripts"] == {"gdn-plugin": "gdn_plugin.tools.cli:main"}
+        for target in ("gdn_plugin.plugin:register", "gdn_plugin.tools.cli:main"):
             module, _, function = target.partition(":")
             __import__(module)
             assert callable(getattr(sys.modules[module], function))

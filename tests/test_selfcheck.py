@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 
-from gdn_plugin import selfcheck
-from gdn_plugin.ops import reference
-from gdn_plugin.registry import OPS, Backend, NoBackendError, Platform, Problem, SelfCheckError
+from gdn_plugin import ops
+from gdn_plugin.backends.reference import recurrence as reference
+from gdn_plugin.ops import dispatch, selfcheck
+from gdn_plugin.ops.record import OPS as RECORDS
+from gdn_plugin.registry import OPS, Backend, BackendOp, NoBackendError, Platform, Problem, SelfCheckError, Wants
 from gdn_plugin.registry.table import TABLE
 
 CPU = Platform.simulated("cpu")
-RESULT = {"conv_prologue": "q", "prefill": "out", "decode": "out", "fused_decode": "out", "verify": "out"}
+RESULT = dict.fromkeys(OPS, "out") | {"conv_prologue": "q"}
+PLAIN = Wants()
+WITH_STATE = [op for op in OPS if op != "gated_norm"]
 
 
 def problem(op, **changed):
@@ -33,36 +38,36 @@ def problem(op, **changed):
 @pytest.fixture
 def backend(monkeypatch):
     """backend(function, name): a row that runs the function."""
-    selfcheck._cached.cache_clear()
+    selfcheck._checked.cache_clear()
 
-    def make(function, name="mine"):
+    def make(function, name="mine", wants=PLAIN):
         module = ModuleType(f"gdn_selfcheck_{name}")
-        module.run = function
+        module.RUN = BackendOp(function)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        return Backend(name, f"{module.__name__}:run")
+        return Backend(name, f"{module.__name__}:RUN", wants=wants)
 
     yield make
-    selfcheck._cached.cache_clear()
+    selfcheck._checked.cache_clear()
 
 
 def wrong(op, change):
     """The reference, with `change(arguments by name)` afterwards."""
-    names = list(reference.__dict__[op].__annotations__)
 
-    def run(*arguments):
-        getattr(reference, op)(*arguments)
-        change(dict(zip(names, arguments, strict=False)))
+    def run(**arguments):
+        getattr(reference, op)(**arguments)
+        change(arguments)
 
     return run
 
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("state_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("state_dtype", ["bfloat16", "float16", "float32"])
 def test_the_recurrence_passes_its_own_check(backend, op, dtype, state_dtype):
     case = problem(op, dtype=dtype, state_dtype=state_dtype, checkpoints=op == "prefill", max_spec_tokens=3)
-    for name in ("mine", "flashinfer"):  # both forms of the small problem
-        result = selfcheck.run(backend(getattr(reference, op), name), case, "cpu")
+    prepared = Wants(exp_gate=True, zeroed_fresh_rows=True, dense_rows=True, scratch_row=True, contiguous=True)
+    for wants in (Wants(), prepared):
+        result = selfcheck.run(backend(getattr(reference, op), wants=wants), case, "cpu")
         assert result.failure is None, result
         assert all(error < result.limit / 4 for error in result.errors.values())
 
@@ -81,7 +86,7 @@ def test_wrong_results_are_caught(backend, op, factor, why):
 
 @pytest.mark.parametrize("op", ["prefill", "decode", "fused_decode", "verify"])
 def test_a_wrong_state_is_caught(backend, op):
-    result = selfcheck.run(backend(wrong(op, lambda named: named["state"][1].mul_(1.5))), problem(op), "cpu")
+    result = selfcheck.run(backend(wrong(op, lambda named: named["state"].mul_(1.5))), problem(op), "cpu")
     assert f"state of {op} is off" in result.failure
 
 
@@ -92,13 +97,14 @@ def test_one_wrong_element_is_caught(backend):
     assert "out of prefill" in selfcheck.run(backend(wrong("prefill", change)), problem("prefill"), "cpu").failure
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", WITH_STATE)
 def test_writing_where_nothing_names_is_caught(backend, op):
     def change(named):
-        named["state"][-1, 0, 0, 0] = 1.0
+        nobodys = int(named["state"][:, 0, 0, 0].isnan().nonzero()[-1])
+        named["state"][nobodys, 0, 0, 0] = 1.0
 
     failure = selfcheck.run(backend(wrong(op, change)), problem(op), "cpu").failure
-    assert failure == f"{op} wrote to rows of state that nothing names"
+    assert re.fullmatch(rf"{op} wrote \d+ bytes of (conv_state and )?state that nothing names", failure)
 
 
 def test_writing_behind_a_row_is_caught(backend):
@@ -108,11 +114,11 @@ def test_writing_behind_a_row_is_caught(backend):
         page[-1] = 1.0
 
     failure = selfcheck.run(backend(wrong("prefill", change)), problem("prefill"), "cpu").failure
-    assert "rows of state that nothing names" in failure
+    assert "of state that nothing names" in failure
 
 
 def test_what_a_kernel_raises_is_its_failure(backend):
-    def boom(*arguments):
+    def boom(**arguments):
         raise RuntimeError("no kernel image")
 
     assert selfcheck.run(backend(boom), problem("decode"), "cpu").failure == "RuntimeError: no kernel image"
@@ -123,15 +129,15 @@ def test_what_a_kernel_raises_is_its_failure(backend):
 def test_checked_once_a_family(backend):
     calls = []
 
-    def count(*arguments):
+    def count(**arguments):
         calls.append(1)
-        reference.decode(*arguments)
+        reference.decode(**arguments)
 
     mine = backend(count)
     for sequences in (0, 1, 128):
-        assert selfcheck.check(mine, problem("decode", num_sequences=sequences), "cpu").ok
+        selfcheck.require(mine, problem("decode", num_sequences=sequences), CPU)
     assert len(calls) == 1
-    assert selfcheck.check(mine, problem("decode", state_dtype="bfloat16"), "cpu").ok
+    selfcheck.require(mine, problem("decode", state_dtype="bfloat16"), CPU)
     assert len(calls) == 2
 
 
@@ -147,6 +153,25 @@ def test_random_state_and_defaults_of_the_host_are_left_alone(backend):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_backend_that_calls_its_own_op_ends(backend, monkeypatch):
+    """Without naming another: the inner call would be checked inside the check, and so on."""
+    depth = []
+
+    def run(**arguments):
+        depth.append(1)
+        assert len(depth) < 5
+        given = {name: arguments[name] for name in RECORDS["decode"].names}
+        ops.decode(**given, out=arguments["out"])
+
+    row = backend(run)
+    for module in ("registry.choice", "registry.selection", "ops.dispatch"):
+        monkeypatch.setattr(f"gdn_plugin.{module}.rows", lambda op: (row, *TABLE[op]))
+    dispatch.forget()
+    selfcheck.run(row, problem("decode"), "cpu")
+    assert len(depth) == 1
+    dispatch.forget()
+
+
 class TestPolicy:
     @pytest.fixture
     def table(self, backend, monkeypatch):
@@ -160,31 +185,35 @@ class TestPolicy:
         offered = {
             op: (Backend("bad", bad.target), Backend("good", good.target)) for op, (bad, good) in offered.items()
         }
-        for module in ("choice", "selection"):
-            monkeypatch.setattr(f"gdn_plugin.registry.{module}.rows", lambda op: offered[op])
-        return offered
+        for module in ("registry.choice", "registry.selection", "ops.dispatch"):
+            monkeypatch.setattr(f"gdn_plugin.{module}.rows", lambda op: offered[op])
+        dispatch.forget()
+        yield offered
+        dispatch.forget()
 
     def test_auto_moves_on_loudly(self, table, caplog):
-        resolved = selfcheck.resolve(CPU, {op: problem(op) for op in ("prefill", "decode")})
+        resolved = ops.resolve({op: problem(op) for op in ("prefill", "decode")})
         assert resolved.backends() == {"prefill": "good", "decode": "good"}
-        assert "bad is not used for prefill" in caplog.text
+        assert "prefill: bad is not used" in caplog.text
         assert "self-check failed: out of prefill is off" in caplog.text
         assert "not bad: self-check failed" in resolved["prefill"].describe()
 
     def test_a_named_request_raises(self, table):
-        with pytest.raises(SelfCheckError, match=r"backend 'bad', asked for prefill.*GDN_PLUGIN_SELF_CHECK=0"):
-            selfcheck.resolve(CPU, {"prefill": problem("prefill")}, {"prefill": "bad,good"})
+        with pytest.raises(
+            SelfCheckError, match=r"backend 'bad', asked for prefill.*self-check failed.*GDN_PLUGIN_SELF_CHECK=0"
+        ):
+            ops.resolve({"prefill": problem("prefill")}, {"prefill": "bad,good"})
 
     def test_it_can_be_turned_off(self, table, monkeypatch):
         monkeypatch.setenv("GDN_PLUGIN_SELF_CHECK", "0")
-        resolved = selfcheck.resolve(CPU, {"prefill": problem("prefill")}, {"prefill": "bad"})
+        resolved = ops.resolve({"prefill": problem("prefill")}, {"prefill": "bad"})
         assert resolved["prefill"].name == "bad"
 
     def test_nothing_is_left(self, table, monkeypatch):
         only_bad = {op: rows[:1] for op, rows in table.items()}
         monkeypatch.setattr("gdn_plugin.registry.choice.rows", lambda op: only_bad[op])
         with pytest.raises(NoBackendError, match="self-check failed"):
-            selfcheck.resolve(CPU, {"prefill": problem("prefill")})
+            ops.resolve({"prefill": problem("prefill")})
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -193,3 +222,60 @@ def test_torch_passes_on_this_machine(op):
     for dtype in ("bfloat16", "float16", "float32"):
         result = selfcheck.run(row, problem(op, dtype=dtype, checkpoints=op == "prefill", max_spec_tokens=3), "cpu")
         assert result.failure is None, result
+
+
+class TestMemory:
+    """That a backend passed is kept on disk."""
+
+    @pytest.fixture
+    def runs(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("GDN_PLUGIN_CACHE", str(tmp_path))
+        selfcheck._checked.cache_clear()
+        real, calls = selfcheck.run, []
+
+        def run(row, problem, device):
+            calls.append((row.name, problem.op))
+            return real(row, problem, device)
+
+        monkeypatch.setattr(selfcheck, "run", run)
+        yield calls
+        selfcheck._checked.cache_clear()
+
+    def check(self, **changed):
+        row = next(row for row in TABLE["decode"] if row.name == "torch")
+        selfcheck._checked.cache_clear()  # another process
+        selfcheck.require(row, problem("decode", **changed.pop("problem", {})), changed.pop("platform", CPU))
+
+    def test_a_second_process_does_not_check_again(self, runs):
+        self.check()
+        self.check()
+        assert runs == [("torch", "decode")]
+
+    @pytest.mark.parametrize(
+        "changed",
+        [{"platform": Platform.simulated("cpu", packages={"torch": "2.12.0"})}, {"problem": {"dtype": "float16"}}],
+        ids=["versions", "problem"],
+    )
+    def test_other_versions_and_problems_are_checked(self, runs, changed):
+        self.check()
+        self.check(**changed)
+        assert len(runs) == 2
+
+    def test_other_sources_are_checked(self, runs, monkeypatch):
+        self.check()
+        monkeypatch.setattr(selfcheck, "_fingerprint", lambda: "other")
+        self.check()
+        assert len(runs) == 2
+
+    def test_a_failure_is_not_kept(self, runs, monkeypatch):
+        monkeypatch.setitem(selfcheck.LIMITS, "bfloat16", -1.0)
+        for _ in range(2):
+            with pytest.raises(SelfCheckError):
+                self.check()
+        assert len(runs) == 2
+
+    def test_a_folder_that_cannot_be_used_is_no_error(self, runs, monkeypatch, tmp_path):
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("GDN_PLUGIN_CACHE", str(tmp_path / "file"))
+        self.check()
+        assert len(runs) == 1

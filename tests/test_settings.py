@@ -9,7 +9,8 @@ import pytest
 from gdn_plugin import settings
 from gdn_plugin.registry import Backend
 from gdn_plugin.registry.external import External, external
-from gdn_plugin.settings import Request, SettingsError
+from gdn_plugin.registry.requests import Request, requests
+from gdn_plugin.settings import SettingsError
 
 VARIABLES = {
     "GDN_PLUGIN_BACKEND",
@@ -19,6 +20,7 @@ VARIABLES = {
     "GDN_PLUGIN_DISABLE",
     "GDN_PLUGIN_SELF_CHECK",
     "GDN_PLUGIN_DEBUG",
+    "GDN_PLUGIN_CACHE",
 }
 
 
@@ -30,7 +32,7 @@ def clean_environment(monkeypatch):
 
 
 def values(**arguments):
-    return {phase: request.value for phase, request in settings.requests(**arguments).items()}
+    return {phase: request.value for phase, request in requests(**arguments).items()}
 
 
 def test_the_table_is_the_designs():
@@ -38,7 +40,7 @@ def test_the_table_is_the_designs():
 
 
 def test_defaults():
-    assert settings.validate() == dict.fromkeys(("prefill", "decode", "verify"), Request("auto", "default"))
+    assert requests() == dict.fromkeys(("prefill", "decode", "verify"), Request("auto", "default"))
     assert (settings.disabled(), settings.self_check(), settings.debug()) == (False, True, False)
 
 
@@ -59,13 +61,13 @@ def test_each_level_wins_over_those_below(monkeypatch):
 def test_a_request_tells_where_it_comes_from(monkeypatch):
     monkeypatch.setenv("GDN_PLUGIN_BACKEND", "torch")
     monkeypatch.setenv("GDN_PLUGIN_VERIFY_BACKEND", "triton")
-    found = settings.requests({"gdn_plugin": {"prefill_backend": "cpu"}})
+    found = requests({"gdn_plugin": {"prefill_backend": "cpu"}})
     assert found["prefill"] == Request("torch", "GDN_PLUGIN_BACKEND")
     assert found["verify"] == Request("triton", "GDN_PLUGIN_VERIFY_BACKEND")
     monkeypatch.delenv("GDN_PLUGIN_BACKEND")
-    found = settings.requests({"gdn_plugin": {"prefill_backend": "cpu"}}, "triton")
+    found = requests({"gdn_plugin": {"prefill_backend": "cpu"}}, "triton")
     assert found["prefill"] == Request("cpu", 'additional_config["gdn_plugin"]')
-    assert settings.requests(None, "triton")["prefill"] == Request("triton", "--gdn-prefill-backend")
+    assert requests(None, "triton")["prefill"] == Request("triton", "--gdn-prefill-backend")
 
 
 def test_the_configs_phase_wins_over_its_backend():
@@ -88,11 +90,11 @@ def test_read_on_access(monkeypatch):
     assert settings.debug()
 
 
-@pytest.mark.parametrize("name", sorted(VARIABLES))
+@pytest.mark.parametrize("name", sorted(VARIABLES - {"GDN_PLUGIN_CACHE"}))
 def test_a_bad_value_lists_the_good_ones(monkeypatch, name):
     monkeypatch.setenv(name, "tritom")
     with pytest.raises(SettingsError) as caught:
-        settings.validate()
+        requests()
     message = str(caught.value)
     assert message.startswith(f"{name}='tritom' is not valid")
     if name.endswith("BACKEND"):
@@ -106,13 +108,13 @@ def test_a_bad_value_lists_the_good_ones(monkeypatch, name):
 def test_bad_lists(monkeypatch, raw):
     monkeypatch.setenv("GDN_PLUGIN_BACKEND", raw)
     with pytest.raises(SettingsError, match="is not valid"):
-        settings.requests()
+        requests()
 
 
 def test_an_unknown_variable_is_an_error_with_a_suggestion(monkeypatch):
     monkeypatch.setenv("GDN_PLUGIN_PREFIL_BACKEND", "triton")
     with pytest.raises(SettingsError) as caught:
-        settings.validate()
+        requests()
     message = str(caught.value)
     assert "GDN_PLUGIN_PREFIL_BACKEND is not a setting of gdn-plugin" in message
     assert "did you mean 'GDN_PLUGIN_PREFILL_BACKEND'?" in message
@@ -131,20 +133,20 @@ def test_an_unknown_variable_is_an_error_with_a_suggestion(monkeypatch):
 )
 def test_bad_additional_config(config, message):
     with pytest.raises(SettingsError, match=r'additional_config\["gdn_plugin"\]') as caught:
-        settings.requests({"gdn_plugin": config})
+        requests({"gdn_plugin": config})
     assert message in str(caught.value)
 
 
 def test_a_bad_value_is_found_even_where_another_wins(monkeypatch):
     monkeypatch.setenv("GDN_PLUGIN_PREFILL_BACKEND", "torch")
     with pytest.raises(SettingsError):
-        settings.requests({"gdn_plugin": {"prefill_backend": "tritom"}})
+        requests({"gdn_plugin": {"prefill_backend": "tritom"}})
 
 
 def test_kernels_of_vllm_that_are_not_ours_are_no_silent_fallback():
     assert values(gdn_prefill_backend="auto")["prefill"] == "auto"
     with pytest.raises(SettingsError, match="GDN_PLUGIN_DISABLE=1"):
-        settings.requests(None, "cutedsl")
+        requests(None, "cutedsl")
 
 
 def test_third_parties_names_are_valid(monkeypatch):
@@ -155,7 +157,7 @@ def test_third_parties_names_are_valid(monkeypatch):
     assert values()["prefill"] == "mine,triton"
     monkeypatch.setenv("GDN_PLUGIN_BACKEND", "yours")
     with pytest.raises(SettingsError, match="reference, mine"):
-        settings.requests()
+        requests()
     assert external().rows == {}
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.triton import COMPILED
+
 HERE = Path(__file__).parent
-FILES = sorted((HERE / "triton").glob("test_*.py"))
+FILES = sorted(path for path in (HERE / "triton").glob("test_*.py") if path.name not in COMPILED)
 
 
 @pytest.mark.slow

@@ -27,6 +27,8 @@ ROUNDING = {torch.float32: 2.0**-22, torch.float16: 2.0**-10, torch.bfloat16: 2.
 COMPUTE: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     # conv over 4 taps, SiLU, norm, gates: no matrix product
     "conv_prologue": {torch.float32: (2e-6, 2e-6), torch.float16: (1e-3, 1e-3), torch.bfloat16: (8e-3, 8e-3)},
+    # one sum over a head, in fp32 from exact inputs
+    "gated_norm": dict.fromkeys(ROUNDING, (2e-6, 2e-6)),
     # sums over thousands of tokens; strongly correlated keys amplify operand rounding in the io column: rounding to
     # bf16 alone, emulated in float64, moves one state element of such a case by 0.071 of the rms; an H100 gave 0.108
     "prefill": {torch.float32: (1e-4, 1e-2), torch.float16: (1e-3, 2e-2), torch.bfloat16: (5e-3, 1.2e-1)},

@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import Qwen3NextConfig, Qwen3NextForCausalLM, logging
 
-from gdn_plugin.accuracy import task
+from gdn_plugin.tools.accuracy import task
 
 
 def model_config() -> Qwen3NextConfig:

@@ -11,15 +11,17 @@ The same for every function here:
 
 - io tensors (q, k, v, mixed_qkv, z, out) share one dtype: bf16, fp16 or fp32. g, beta, gates, norms and all
   accumulation are fp32; q and k are rounded to the io dtype behind the norm.
-- state [N, Hv, V, K] fp32 or bf16: rows dense, any distance apart. conv_state [N, dim, W-1 or more], dense in either
-  order of its last two dims. Both are updated in place.
+- state [N, Hv, V, K] fp32, bf16 or fp16: rows dense, any distance apart. conv_state [N, dim, W-1 or more], dense in
+  either order of its last two dims. Both are updated in place.
 - state_indices int32: each sequence's row, unique. A row <= null_index is padding: nothing is read or written for
-  that sequence. Uniqueness and range are not checked, except under GDN_PLUGIN_DEBUG=1: that would synchronise.
+  that sequence, whether or not it has tokens. Uniqueness and range are not checked, except under GDN_PLUGIN_DEBUG=1:
+  that would synchronise.
+- padding: what the caller promises of padding, for kernels that have no mask for it. "any": nothing. "scratch": padding
+  sequences name row 0 (null_index 0), which belongs to nobody and may be read and written, and padding tokens hold
+  finite numbers, as conv_prologue leaves them. "none": no sequence is padding and cu_seqlens[-1] is T.
 - cu_seqlens [B+1] int32 or int64 from 0 on; repeated offsets are empty sequences, which change no state. Tokens behind
   the last offset are padding.
-- Without `out`, rows of padding tokens are zero. With `out` (contiguous), they stay as they were or become zero; from
-  decode and verify on backend `flashinfer` with a bf16 pool they are S q, S being whatever pool row 0 holds, which is
-  zero for the q = 0 that conv_prologue leaves for padding.
+- Without `out`, rows of padding tokens are zero. With `out` (contiguous), they stay as they were or become zero.
 - `backend`: None for the current selection (`use`, then the GDN_PLUGIN_* variables, then auto), a name, or names to try
   in order joined by commas. In a compiled graph the choice is a constant.
 - Wrong arguments raise ValueError with the argument's name, before anything is written; NoBackendError says that
@@ -32,17 +34,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from gdn_plugin.ops import direct, library, usual, validate
 from gdn_plugin.ops.dispatch import compile_count, resolve, use, warm_up
+from gdn_plugin.ops.library import public
+from gdn_plugin.ops.record import OPS
 
-__all__ = ["compile_count", "conv_prologue", "decode", "fused_decode", "prefill", "use", "verify", "warm_up"]
+__all__ = [
+    "compile_count",
+    "conv_prologue",
+    "decode",
+    "fused_decode",
+    "gated_norm",
+    "prefill",
+    "resolve",
+    "use",
+    "verify",
+    "warm_up",
+]
 
-_gdn = getattr(torch.ops, library.NAMESPACE)
 
-
+@public(OPS["conv_prologue"])
 def conv_prologue(
     mixed_qkv: Tensor,
     conv_weight: Tensor,
@@ -90,24 +102,32 @@ def conv_prologue(
         q, k [T, Hk, K], v [T, Hv, V] in the io dtype; g, beta [T, Hv] fp32. Padding tokens, those of padding sequences
         among them: zeros (exp(g): one).
     """
-    validate.backend("conv_prologue", backend)
-    validate.conv_prologue(
-        mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state, a, b, A_log,
-        dt_bias, num_k_heads, head_k_dim, head_v_dim, state, exp_gate, num_accepted_tokens, null_index, out,
-    )  # fmt: skip
-    heads = (num_k_heads, a.shape[1], head_k_dim, head_v_dim)
-    name = resolve("conv_prologue", backend, mixed_qkv, state, heads)
-    args = (
-        mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state, a, b, A_log,
-        dt_bias, num_k_heads, head_k_dim, head_v_dim, state, exp_gate, num_accepted_tokens, null_index,
-    )  # fmt: skip
-    if out is None:
-        return _gdn.conv_prologue.default(*args, name)
-    q, k, v, g, beta = out
-    _gdn.conv_prologue_out.default(*args, q, k, v, g, beta, name)
-    return q, k, v, g, beta
 
 
+@public(OPS["gated_norm"])
+def gated_norm(
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    gate: str = "silu",
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The gated RMSNorm behind the delta rule: x * rsqrt(mean(x^2) + eps) * weight * gate(z), in fp32, rounded once.
+
+    Args:
+        x, z: [T, Hv, V], last stride 1, other strides any.
+        weight: [V], io dtype or fp32.
+        gate: "silu" (z * sigmoid(z)) or "sigmoid".
+        out: [T, Hv, V], last stride 1; may be x itself, which is then normalised in place.
+    Returns:
+        out: the buffer given, or a new one.
+    """
+
+
+@public(OPS["prefill"])
 def prefill(
     q: Tensor,
     k: Tensor,
@@ -124,6 +144,7 @@ def prefill(
     exp_gate: bool = False,
     max_seqlen: int = 0,
     null_index: int = -1,
+    padding: str = "any",
     out: Tensor | None = None,
     checkpoints: Tensor | None = None,
     checkpoint_cu_starts: Tensor | None = None,
@@ -140,31 +161,16 @@ def prefill(
         scale: on the output; None is K^-0.5.
         use_qk_l2norm: normalise q and k first (what conv_prologue returns is normalised).
         max_seqlen: the longest sequence, where the host knows; 0 = unknown. A hint for launch sizes.
-        checkpoints: [C, Hv, V, K] contiguous, fp32 or bf16. Rows checkpoint_cu_starts[i] + j of sequence i get its
-            state after (j + 1) * checkpoint_every tokens, L_i // checkpoint_every of them.
+        checkpoints: [C, Hv, V, K] contiguous, fp32, bf16 or fp16. Rows checkpoint_cu_starts[i] + j of sequence i get
+            its state after (j + 1) * checkpoint_every tokens, L_i // checkpoint_every of them.
         checkpoint_cu_starts: [B+1] int32.
         checkpoint_every: a multiple of 64.
     Returns:
         out [T, Hv, V]: the buffer given, or a new one.
     """
-    validate.backend("prefill", backend)
-    validate.prefill(
-        q, k, v, g, beta, state, state_indices, cu_seqlens, has_initial_state, use_qk_l2norm, exp_gate, max_seqlen,
-        null_index, out, checkpoints, checkpoint_cu_starts, checkpoint_every,
-    )  # fmt: skip
-    heads = (q.shape[1], v.shape[1], q.shape[2], v.shape[2])
-    name = resolve("prefill", backend, q, state, heads, checkpoints=checkpoints is not None)
-    args = (
-        q, k, v, g, beta, state, state_indices, cu_seqlens, has_initial_state,
-        validate.scale("prefill", scale, q.shape[2]), use_qk_l2norm, exp_gate, max_seqlen, null_index, checkpoints,
-        checkpoint_cu_starts, checkpoint_every,
-    )  # fmt: skip
-    if out is None:
-        return _gdn.prefill.default(*args, name)
-    _gdn.prefill_out.default(*args, out, name)
-    return out
 
 
+@public(OPS["decode"])
 def decode(
     q: Tensor,
     k: Tensor,
@@ -179,6 +185,7 @@ def decode(
     scale: float | None = None,
     use_qk_l2norm: bool = True,
     null_index: int = -1,
+    padding: str = "any",
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -192,24 +199,9 @@ def decode(
     Returns:
         out [B, Hv, V]: the buffer given, or a new one.
     """
-    validate.backend("decode", backend)
-    checked = (q, k, v, a, b, A_log, dt_bias, state, state_indices, use_qk_l2norm, null_index, out)
-    compiling = torch.compiler.is_compiling()
-    if compiling or not usual.decode(*checked):
-        validate.decode(*checked)
-    (_, key_heads, key_dim), (_, value_heads, value_dim) = q.shape, v.shape
-    name = resolve("decode", backend, q, state, (key_heads, value_heads, key_dim, value_dim))
-    resolved = validate.scale("decode", scale, key_dim)
-    args = (q, k, v, a, b, A_log, dt_bias, state, state_indices, resolved, use_qk_l2norm, null_index)
-    if out is None:
-        return _gdn.decode.default(*args, name)
-    if not compiling and direct.possible(q, k, v, a, b, A_log, dt_bias, state, state_indices, out):
-        library.run_decode(*args, out, name)
-    else:
-        _gdn.decode_out.default(*args, out, name)
-    return out
 
 
+@public(OPS["fused_decode"])
 def fused_decode(
     mixed_qkv: Tensor,
     conv_weight: Tensor,
@@ -246,33 +238,9 @@ def fused_decode(
     Returns:
         out [B, Hv, V]: the buffer given, or a new one.
     """
-    validate.backend("fused_decode", backend)
-    checked = (
-        mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, num_k_heads,
-        head_k_dim, head_v_dim, z, norm_weight, norm_eps, gate, null_index, out,
-    )  # fmt: skip
-    compiling = torch.compiler.is_compiling()
-    if compiling or not usual.fused_decode(*checked):
-        validate.fused_decode(*checked)
-    heads = (num_k_heads, a.shape[1], head_k_dim, head_v_dim)
-    name = resolve("fused_decode", backend, mixed_qkv, state, heads)
-    args = (
-        mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, num_k_heads,
-        head_k_dim, head_v_dim, validate.scale("fused_decode", scale, head_k_dim), z, norm_weight, float(norm_eps),
-        gate, null_index,
-    )  # fmt: skip
-    if out is None:
-        return _gdn.fused_decode.default(*args, name)
-    tensors = (
-        mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, z, norm_weight, out,
-    )  # fmt: skip
-    if not compiling and direct.possible(*tensors):
-        library.run_fused_decode(*args, out, name)
-    else:
-        _gdn.fused_decode_out.default(*args, out, name)
-    return out
 
 
+@public(OPS["verify"])
 def verify(
     q: Tensor,
     k: Tensor,
@@ -290,6 +258,7 @@ def verify(
     scale: float | None = None,
     use_qk_l2norm: bool = True,
     null_index: int = -1,
+    padding: str = "any",
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -309,18 +278,3 @@ def verify(
     Returns:
         out [T, Hv, V]: the buffer given, or a new one.
     """
-    validate.backend("verify", backend)
-    validate.verify(
-        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows,
-        use_qk_l2norm, null_index, out,
-    )  # fmt: skip
-    heads = (q.shape[1], v.shape[1], q.shape[2], v.shape[2])
-    name = resolve("verify", backend, q, state, heads, max_spec_tokens=state_indices.shape[1])
-    args = (
-        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows,
-        validate.scale("verify", scale, q.shape[2]), use_qk_l2norm, null_index,
-    )  # fmt: skip
-    if out is None:
-        return _gdn.verify.default(*args, name)
-    _gdn.verify_out.default(*args, out, name)
-    return out

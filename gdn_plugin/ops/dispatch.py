@@ -1,30 +1,34 @@
-"""From a backend's name to its function, and from `backend=None` to a name.
+"""From a request to a backend that works here: the choice, what it falls back to, its self-check, its warm-up.
 
-A function is imported once a process; after that a call costs a dictionary lookup. The choice for `backend=None` is
-made from metadata alone, is cached by it, and is a constant in a compiled graph.
+One place for hosts, which resolve a layer's ops together when it is built, and for standalone calls, which resolve one
+op when they first bring a problem. A second call costs a dictionary lookup, and in a compiled graph the name is a
+constant.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from operator import index
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gdn_plugin import registry, settings
+from gdn_plugin.ops import selfcheck
+from gdn_plugin.ops.record import DTYPES, Op
 from gdn_plugin.registry import (
     PHASES,
     Backend,
+    BackendOp,
+    Choice,
     Platform,
     Problem,
     Selection,
+    SelfCheckError,
     choose,
     load,
     probe,
@@ -32,29 +36,101 @@ from gdn_plugin.registry import (
     select,
 )
 
-_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 _log = logging.getLogger(__name__)
-_functions: dict[tuple[str, str], Callable[..., None]] = {}
-_modules: dict[str, None] = {}  # modules of loaded backends, in order, for compile_count
+_loaded: dict[tuple[str, str], BackendOp] = {}
 _choices: dict[tuple[object, ...], str] = {}
 _current: ContextVar[Selection | Mapping[str, str] | None] = ContextVar("gdn_plugin_selection", default=None)
 
 
-def function(op: str, backend: str) -> Callable[..., None]:
-    """The function that runs `op` in `backend`; imported on first use.
+def resolve(
+    problems: Mapping[str, Problem],
+    requests: Mapping[str, str] | None = None,
+    device: str | torch.device | None = None,
+) -> Selection:
+    """A backend for each op of a layer, loaded and, unless GDN_PLUGIN_SELF_CHECK=0, checked on this machine.
+
+    Under auto a backend that cannot be loaded, cannot be built or gives wrong numbers is left out, with a warning, and
+    the next one is chosen.
+
+    Args:
+        problems: by op.
+        requests: by phase; None follows the GDN_PLUGIN_* variables.
+        device: a torch device or its type; by default the probed one.
+    Raises:
+        NoBackendError: a named request cannot run, or under auto nothing is left.
+        BackendLoadError, SelfCheckError: a backend that was asked for by name failed.
+        SettingsError: a GDN_PLUGIN_* variable is wrong.
+    """
+    wanted = _requested() if requests is None else requests
+    platform = _platform(device)
+    return _working(platform, lambda excluded: select(platform, problems, wanted, excluded=excluded))
+
+
+def _platform(device: str | torch.device | None) -> Platform:
+    return probe() if device is None else probe(torch.device(device).type)
+
+
+def _requested() -> dict[str, str]:
+    """By phase, from the environment."""
+    return {phase: request.value for phase, request in registry.requests().items()}
+
+
+def _working(platform: Platform, pick: Callable[[Mapping[str, Mapping[str, str]]], Selection]) -> Selection:
+    """What `pick` selects once every backend that does not work here is excluded (by op and name, with the reason).
 
     Raises:
-        NoBackendError: no row of this name offers the op.
-        BackendLoadError: it does, and cannot be imported.
+        SettingsError: a GDN_PLUGIN_* variable is wrong, whether or not this request would have read it.
+    """
+    registry.requests()
+    excluded: dict[str, dict[str, str]] = {}
+    while True:
+        selection = pick(excluded)
+        works = True
+        for op, choice in selection.choices.items():
+            trouble = _trouble(choice, platform)
+            if trouble is not None:
+                excluded.setdefault(op, {})[choice.name] = trouble
+                works = False
+        if works:
+            return selection
+
+
+def _trouble(choice: Choice, platform: Platform) -> str | None:
+    """Why auto cannot keep its choice, said in the log; None where the backend works.
+
+    Raises:
+        BackendLoadError, SelfCheckError: it does not work and was asked for by name.
     """
     try:
-        return _functions[op, backend]
+        ready = backend_op(choice.problem.op, choice.name)
+        ran = settings.self_check() and selfcheck.require(choice.backend, choice.problem, platform)
+        if not ran and platform.device == "cpu":
+            warm(ready, platform, choice.problem)  # a compiler may fail, and auto must survive it
+    except Exception as exc:  # a compiler or a third party's module may raise anything
+        if choice.request != "auto":
+            if isinstance(exc, SelfCheckError):
+                raise SelfCheckError(
+                    f"backend {choice.name!r}, asked for {choice.problem}: {exc}. "
+                    "Ask for auto to use another backend, or set GDN_PLUGIN_SELF_CHECK=0 to use it all the same."
+                ) from exc.__cause__
+            raise
+        _log.warning("gdn_plugin: %s: %s is not used: %s", choice.problem.op, choice.name, exc)
+        return str(exc)
+    return None
+
+
+def backend_op(op: str, backend: str) -> BackendOp:
+    """What runs `op` in `backend`; imported on first use.
+
+    Raises:
+        ValueError: no row of this name offers the op.
+        BackendLoadError: one does, and cannot be imported.
+    """
+    try:
+        return _loaded[op, backend]
     except KeyError:
-        row = _row(op, backend)
-        loaded = load(row)
-        _functions[op, backend] = loaded
-        _modules[row.target.partition(":")[0]] = None
-        return loaded
+        found = _loaded[op, backend] = load(_row(op, backend))
+        return found
 
 
 def _row(op: str, backend: str) -> Backend:
@@ -66,8 +142,8 @@ def _row(op: str, backend: str) -> Backend:
 
 
 def forget() -> None:
-    """Drop every cached function and choice: a row was added or replaced."""
-    _functions.clear()
+    """Drop every loaded backend and every choice: a row was added or replaced."""
+    _loaded.clear()
     _choices.clear()
 
 
@@ -76,8 +152,8 @@ def use(selection: Selection | Mapping[str, str]) -> Iterator[None]:
     """What `backend=None` means inside the block.
 
     Args:
-        selection: resolved choices (registry.select), or requests by phase, as {"prefill": "torch"}; a phase that is
-            left out follows the environment. A graph compiled inside keeps the choice it was traced with.
+        selection: resolved choices, or requests by phase, as {"prefill": "torch"}; a phase that is left out follows the
+            environment. A graph compiled inside keeps the choice it was traced with.
     """
     if not isinstance(selection, Selection):
         for phase in selection:
@@ -90,125 +166,147 @@ def use(selection: Selection | Mapping[str, str]) -> Iterator[None]:
         _current.reset(token)
 
 
-def _requests() -> dict[str, str]:
-    """The request for each phase: `use`, then the phase's variable, then GDN_PLUGIN_BACKEND, then auto."""
-    current = _current.get()
-    given = {} if current is None or isinstance(current, Selection) else current
-    everywhere = os.environ.get("GDN_PLUGIN_BACKEND", "").strip() or "auto"
-    return {
-        phase: given.get(phase) or os.environ.get(f"GDN_PLUGIN_{phase.upper()}_BACKEND", "").strip() or everywhere
-        for phase in PHASES
-    }
-
-
-@torch.compiler.assume_constant_result
-def _resolve(device: str, named: str, metadata: tuple[Any, ...]) -> str:
-    """The backend for Problem(*metadata) on a device type; `named` is a request, "" for the current selection."""
-    current = _current.get()
-    if not named and isinstance(current, Selection) and metadata[0] in current:
-        return current[metadata[0]].name
-    requests = {} if named else _requests()
-    key = (device, named, metadata, *requests.values())
-    try:
-        return _choices[key]
-    except KeyError:
-        name = _choices[key] = _choose(probe(device), Problem(*metadata), named, requests)
-        return name
-
-
-def _choose(platform: Platform, problem: Problem, named: str, requests: Mapping[str, str]) -> str:
-    """A backend that can be loaded: auto passes over one that cannot, loudly; what was asked for raises."""
-    op, broken = problem.op, dict[str, str]()
-    while True:
-        if named:  # for this op alone: unlike a phase's request, it does not fall back where the op is missing
-            choice = choose(platform, problem, named, excluded=broken)
-        else:
-            choice = select(platform, {op: problem}, requests, excluded={op: broken})[op]
-        try:
-            function(op, choice.name)
-            if choice.request == "auto" and platform.device == "cpu":
-                _warm_up_hook(op, choice.name)(problem)  # builds on first use, and auto must survive a failing build
-        except Exception as exc:  # a compiler or a third party's module may raise anything
-            if choice.request != "auto":
-                raise
-            broken[choice.name] = str(exc)
-            _log.warning("gdn_plugin: %s: %s; trying the next backend", op, exc)
-        else:
-            return choice.name
-
-
-def resolve(
-    op: str,
-    backend: str | None,
-    io: Tensor,
-    state: Tensor | None,
-    heads: tuple[int, int, int, int],
-    *,
-    checkpoints: bool = False,
-    max_spec_tokens: int = 0,
-) -> str:
-    """The name that goes into the op's schema.
+def for_call(record: Op, arguments: Mapping[str, Any], out: Any, backend: str | None) -> str:
+    """The name of the backend for one call, from its metadata; it goes into the op's schema.
 
     Args:
+        arguments: the call's inputs, checked.
+        out: the call's output buffer or buffers, or None.
         backend: None for the current selection, a name, or a request such as "flashinfer,triton".
-        io: any io tensor, for dtype and device.
-        state: the pool; None counts as a dense fp32 pool.
-        heads: Hk, Hv, K, V.
     Raises:
         NoBackendError: nothing that was asked for can run this problem, with every reason.
     """
-    # Spelled so that a symbolic size or stride of a traced call becomes a guarded constant; int() keeps it symbolic.
-    padded = True if state is not None and state.stride(0) != heads[1] * heads[2] * heads[3] else False  # noqa: SIM210
-    key_heads, value_heads, key_dim, value_dim = heads
-    metadata = (
-        op, _NAMES[io.dtype], "float32" if state is None else _NAMES[state.dtype], index(key_heads),
-        index(value_heads), index(key_dim), index(value_dim), padded, checkpoints, index(max_spec_tokens),
-    )  # fmt: skip
-    return _resolve(io.device.type, backend or "", metadata)
+    return _for_call(arguments[record.lead].device.type, backend or "", _facts(record, arguments, out))
 
 
-def compile_count() -> int:
-    """Kernels compiled by this process so far, over every backend that compiles. Does not move after warm-up."""
-    # Modules of one backend may share one counter: each function counts once.
-    counters = {getattr(sys.modules[module], "compile_count", None) for module in tuple(_modules)}
-    return sum(count() for count in counters if count is not None)
+def _facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...]:
+    """The fields of the call's Problem, in order.
+
+    index() makes a symbolic size of a traced call a guarded constant; `True if ... else False` does it for a stride.
+    """
+    lead, state = arguments[record.lead], arguments.get("state")
+    key_heads, value_heads, K, V = (
+        index(record.size(letter if letter in record.letters else {"Hk": "Hv", "K": "V"}[letter], arguments))
+        for letter in ("Hk", "Hv", "K", "V")
+    )
+    checkpoints, a = arguments.get("checkpoints"), arguments.get("a")
+    slots, ragged = 0, False
+    if "S" in record.letters:
+        slots = index(record.size("S", arguments))
+        even = arguments["padding"] == "none" and lead.shape[0] == slots * arguments["state_indices"].shape[0]
+        ragged = not even
+    elif arguments.get("num_accepted_tokens") is not None:
+        slots = index(arguments["conv_state"].shape[2] - arguments["conv_weight"].shape[1] + 2)
+    strided = unaligned = False
+    if not lead.is_cpu:  # only GPU kernels ask
+        strided, unaligned = _strided(arguments), _unaligned(arguments, out)
+    return (
+        record.name,
+        DTYPES[lead.dtype],
+        "float32" if state is None else DTYPES[state.dtype],
+        key_heads,
+        value_heads,
+        K,
+        V,
+        True if state is not None and state.stride(0) != value_heads * K * V else False,  # noqa: SIM210
+        checkpoints is not None,
+        slots,
+        0,
+        0,
+        ragged,
+        "" if checkpoints is None or state is None or checkpoints.dtype == state.dtype else DTYPES[checkpoints.dtype],
+        arguments.get("padding", "any"),
+        strided,
+        unaligned,
+        "" if a is None or a.dtype == lead.dtype else DTYPES[a.dtype],
+    )
 
 
-def warm_up(problem: Problem, backend: str | None = None, device: str | None = None, pool: Tensor | None = None) -> str:
-    """Compile every kernel variant the problem's backend can dispatch to, before serving and before capture.
+def _strided(arguments: Mapping[str, Any]) -> bool:
+    return any(not arguments[name].is_contiguous() for name in ("q", "k", "v", "g", "beta") if name in arguments)
+
+
+def _unaligned(arguments: Mapping[str, Any], out: Any) -> bool:
+    """Whether a tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
+
+    Asked of the storage offset: an allocator's blocks start on 512 bytes, and a fake tensor has no address. Row numbers
+    and offsets are left out: a backend that minds copies them.
+    """
+    floats = [x for x in (*arguments.values(), out) if isinstance(x, Tensor) and x.is_floating_point()]
+    if any(x.storage_offset() * x.itemsize % 32 != 0 for x in floats):
+        return True
+    pool = arguments.get("state")
+    return True if pool is not None and pool.stride(0) * pool.itemsize % 16 != 0 else False  # noqa: SIM210
+
+
+def _used(op: str, phase: str) -> tuple[str, str]:
+    """What `use` says of an op: (a backend that was resolved for it, a request for its phase); "" for nothing."""
+    current = _current.get()
+    if isinstance(current, Selection):
+        return (current[op].name if op in current else ""), ""
+    return "", (current or {}).get(phase, "")
+
+
+@torch.compiler.assume_constant_result
+def _for_call(device: str, named: str, facts: tuple[Any, ...]) -> str:
+    """The backend for Problem(*facts) on a device type; `named` is a request, "" for the current selection."""
+    op = facts[0]
+    phase = registry.PHASE_OF_OP[op]
+    chosen, given = _used(op, phase)
+    if chosen and not named:
+        return chosen
+    key = (device, named, given, facts, settings.backend_request(phase), settings.backend_request())
+    try:
+        return _choices[key]
+    except KeyError:
+        name = _choices[key] = _choose(device, Problem(*facts), named, given)
+        return name
+
+
+def _choose(device: str, problem: Problem, named: str, given: str) -> str:
+    """`named` is for this op alone and does not follow its phase; `given` is what `use` says of the phase."""
+    platform, op = probe(device), problem.op
+    if named:
+        return _working(
+            platform,
+            lambda excluded: Selection(
+                platform, {op: choose(platform, problem, named, excluded=excluded.get(op))}, {problem.phase: named}
+            ),
+        )[op].name
+    requests = _requested() | ({problem.phase: given} if given else {})
+    return resolve({op: problem}, requests, device)[op].name
+
+
+def warm_up(
+    problem: Problem,
+    backend: str | None = None,
+    device: str | torch.device | None = None,
+    pool: Tensor | None = None,
+) -> str:
+    """Compile every kernel that the problem's backend can launch, before serving and before capture.
 
     Args:
         backend: a name or request; None for the current selection.
-        device: torch device type; by default the probed one.
+        device: a torch device or its type; by default the probed one.
         pool: the state pool that calls will bring. Call without it first, and again with it once it is allocated:
             then what a backend compiles for a pool's own size and strides is compiled, and nothing else.
     Returns:
-        the backend's name. A backend without a `warm_up(problem)`, or with `pool` a `warm_up_pool(problem, pool)`, in
-        its module has nothing to compile.
+        the backend's name.
     """
-    platform = probe() if device is None else probe(device)
-    current = _current.get()
-    if backend is None and isinstance(current, Selection) and problem.op in current:
-        name = current[problem.op].name
-        function(problem.op, name)
-    else:
-        name = _choose(platform, problem, backend or "", _requests())
-    if pool is None:
-        _warm_up_hook(problem.op, name)(problem)
-    else:
-        hook = getattr(_module(problem.op, name), "warm_up_pool", None)
-        if hook is not None:
-            hook(problem, pool)
+    platform = _platform(device)
+    name, given = _used(problem.op, problem.phase)
+    if backend or not name:
+        name = _choose(platform.device, problem, backend or "", given)
+    warm(backend_op(problem.op, name), platform, problem, pool)
     return name
 
 
-def _warm_up_hook(op: str, name: str) -> Callable[[Problem], object]:
-    """`warm_up` of a loaded backend's module; nothing to do where it has none."""
-    return getattr(_module(op, name), "warm_up", lambda problem: None)
+def warm(ready: BackendOp, platform: Platform, problem: Problem, pool: Tensor | None = None) -> None:
+    """Compile the variants of one backend's op."""
+    for variant in ready.variants(platform, problem, pool):
+        variant.compile()
 
 
-def _module(op: str, name: str) -> ModuleType:
-    return sys.modules[_row(op, name).target.partition(":")[0]]
-
-
-__all__ = ["compile_count", "forget", "function", "resolve", "use", "warm_up"]
+def compile_count() -> int:
+    """Kernels compiled by this process so far, by every backend that was loaded. Does not move after warm-up."""
+    return sum(count() for count in {ready.compile_count for ready in _loaded.values()})

@@ -1,287 +1,219 @@
-"""The ops of namespace `gdn`: schemas, implementations, fakes. One definition, one place.
+"""The ops of namespace `gdn`, made from their records: schema, implementation, fake, and the public function's call.
 
-Each phase has a returning op and an `_out` op that fills the caller's buffers; both mutate the pools they say they do.
-The arguments are checked by the public functions of `gdn_plugin.ops`; calling torch.ops.gdn.* directly skips that.
+Each op has a returning form and an `_out` form that fills the caller's buffers; both mutate the pools they say they do.
 `Library.define` + `impl` + `register_fake` rather than `custom_op`: about a third of the overhead a call. One
 implementation serves every device (CompositeExplicitAutograd): the backend's name is what selects the code.
 
-What is the same for every backend is done here, once: nothing at all for no tokens, zeros for no sequences, the device
-of the tensors made current, and, under GDN_PLUGIN_DEBUG=1, the checks that synchronise.
+What is the same for every backend is done here, once: nothing at all for no tokens, blanks for no sequences, the
+caller's autocast and autograd out of the way, the device of the tensors made current, and, under GDN_PLUGIN_DEBUG=1,
+the checks that synchronise. The arguments are checked by the public functions and, where a graph is compiled, by the
+fakes; calling torch.ops.gdn.* directly skips that.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gdn_plugin.ops import debug
-from gdn_plugin.ops.dispatch import function
+from gdn_plugin import settings
+from gdn_plugin.ops import check, dispatch, values
+from gdn_plugin.ops.record import OPS, REQUIRED, Argument, Op
+from gdn_plugin.registry.backend import left_out
 
 NAMESPACE = "gdn"
 _KEY = "CompositeExplicitAutograd"
 
-_CONV = (
-    "Tensor mixed_qkv, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, Tensor state_indices, "
-    "Tensor cu_seqlens, Tensor? has_initial_state, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, int num_k_heads, "
-    "int head_k_dim, int head_v_dim, Tensor(b!)? state, bool exp_gate, Tensor? num_accepted_tokens, int null_index"
-)
-_PREFILL = (
-    "Tensor q, Tensor k, Tensor v, Tensor g, Tensor beta, Tensor(a!) state, Tensor state_indices, Tensor cu_seqlens, "
-    "Tensor? has_initial_state, float scale, bool use_qk_l2norm, bool exp_gate, SymInt max_seqlen, int null_index, "
-    "Tensor(b!)? checkpoints, Tensor? checkpoint_cu_starts, int checkpoint_every"
-)
-_DECODE = (
-    "Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
-    "Tensor state_indices, float scale, bool use_qk_l2norm, int null_index"
-)
-_FUSED_DECODE = (
-    "Tensor mixed_qkv, Tensor conv_weight, Tensor? conv_bias, Tensor(a!) conv_state, Tensor a, Tensor b, Tensor A_log, "
-    "Tensor dt_bias, Tensor(b!) state, Tensor state_indices, int num_k_heads, int head_k_dim, int head_v_dim, "
-    "float scale, Tensor? z, Tensor? norm_weight, float norm_eps, str gate, int null_index"
-)
-_VERIFY = (
-    "Tensor q, Tensor k, Tensor v, Tensor a, Tensor b, Tensor A_log, Tensor dt_bias, Tensor(a!) state, "
-    "Tensor state_indices, Tensor num_accepted_tokens, Tensor cu_seqlens, Tensor? start_rows, float scale, "
-    "bool use_qk_l2norm, int null_index"
-)
-SCHEMAS = {
-    "conv_prologue": f"({_CONV}, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "conv_prologue_out": f"({_CONV}, Tensor(c!) q, Tensor(d!) k, Tensor(e!) v, Tensor(f!) g, Tensor(h!) beta, "
-    "str backend) -> ()",
-    "prefill": f"({_PREFILL}, str backend) -> Tensor",
-    "prefill_out": f"({_PREFILL}, Tensor(c!) out, str backend) -> ()",
-    "decode": f"({_DECODE}, str backend) -> Tensor",
-    "decode_out": f"({_DECODE}, Tensor(b!) out, str backend) -> ()",
-    "fused_decode": f"({_FUSED_DECODE}, str backend) -> Tensor",
-    "fused_decode_out": f"({_FUSED_DECODE}, Tensor(c!) out, str backend) -> ()",
-    "verify": f"({_VERIFY}, str backend) -> Tensor",
-    "verify_out": f"({_VERIFY}, Tensor(b!) out, str backend) -> ()",
-}
 
+def public(record: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a signature and its docstring the public function of an op.
 
-_AS_IT_IS = contextlib.nullcontext()
+    The function's parameters are the record's inputs, `out` and `backend`; its body is not run.
 
-
-def _on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes x's GPU current where it is not: kernels launch on the current device."""
-    if x.is_cuda and x.get_device() != torch.cuda.current_device():
-        return torch.cuda.device(x.device)
-    return _AS_IT_IS
-
-
-def _unrecorded(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Keeps the PyTorch calls inside a backend out of autograd.
-
-    Recorded, an input that requires grad would put the pools on a graph that grows with every call, or make it fail.
-    Backward through an output is autograd's own warning that the op has none.
+    Raises:
+        TypeError: at import, where the signature and the record differ in an argument or a default.
     """
+    wanted = {argument.name: argument.default for argument in record.inputs} | {"out": None, "backend": None}
 
-    def run(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return implementation(*args)
-        with torch.no_grad():
-            return implementation(*args)
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(function)
+        names = tuple(signature.parameters)
+        found = {n: REQUIRED if p.default is p.empty else p.default for n, p in signature.parameters.items()}
+        if found != wanted:
+            raise TypeError(f"gdn.{record.name}: record and signature differ: {found.items() ^ wanted.items()}")
+        positional = tuple(n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+        defaults = {n: p.default for n, p in signature.parameters.items() if p.default is not p.empty}
 
-    return run
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = {**defaults, **dict(zip(positional, args)), **kwargs}  # noqa: B905 - too many are found below
+            if len(given) != len(names) or len(args) > len(positional) or kwargs.keys() & {*positional[: len(args)]}:
+                signature.bind(*args, **kwargs)  # raises the TypeError that Python would
+            return _call(record, given)
+
+        return call
+
+    return decorate
 
 
-def run_conv_prologue(
-    mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state, a, b, A_log, dt_bias,
-    num_k_heads, head_k_dim, head_v_dim, state, exp_gate, num_accepted_tokens, null_index, q, k, v, g, beta, backend,
-):  # fmt: skip
-    run = function("conv_prologue", backend)
-    if mixed_qkv.shape[0] == 0:
+def _call(record: Op, given: dict[str, Any]) -> Any:
+    """Check, fill in what depends on other arguments, choose the backend, call the op."""
+    out, backend = given.pop("out"), given.pop("backend")
+    if not torch.compiler.is_compiling():
+        check.call(record, given, out, backend)
+    for name in record.floats:
+        value = given[name]
+        given[name] = float(_default(record, record.by_name[name], given) if value is None else value)
+    chosen = dispatch.for_call(record, given, out, backend)
+    arguments = [given[name] for name in record.names]
+    if out is None:
+        return _operators[record.name].default(*arguments, chosen)
+    buffers = out if len(record.outputs) > 1 else (out,)
+    _operators[f"{record.name}_out"].default(*arguments, *buffers, chosen)
+    return tuple(buffers) if len(record.outputs) > 1 else out
+
+
+def _default(record: Op, argument: Argument, arguments: Mapping[str, Any]) -> Any:
+    """What an argument is where the caller says nothing: its default; K^-0.5 for a float that may be None."""
+    if argument.kind == "float" and argument.optional:
+        return float(record.size("K", arguments)) ** -0.5
+    return argument.default
+
+
+def _run(record: Op, arguments: dict[str, Any], backend: str, zero_padding: bool) -> None:
+    run = dispatch.backend_op(record.name, backend).run
+    lead = arguments[record.lead]
+    if lead.shape[0] == 0:
         return
-    if state_indices.shape[0] == 0:
-        for x in (q, k, v, beta):
-            x.zero_()
-        g.fill_(1.0 if exp_gate else 0.0)
+    rows = arguments.get("state_indices")
+    if rows is not None and rows.shape[0] == 0:
+        if zero_padding or not record.pads:
+            for output in record.outputs:
+                arguments[output.name].fill_(output.blank(arguments))
         return
-    if debug.enabled():
-        debug.rows("conv_prologue", state_indices, conv_state.shape[0], null_index)
-        if state is not None:
-            debug.rows("conv_prologue", state_indices, state.shape[0], null_index)
-        lens = debug.offsets("conv_prologue", cu_seqlens, mixed_qkv.shape[0])
-        if num_accepted_tokens is not None:
-            most = conv_state.shape[2] - conv_weight.shape[1] + 2
-            debug.accepted("conv_prologue", num_accepted_tokens, most)
-            debug.speculative_lens("conv_prologue", lens, most)
-    with _on_device_of(mixed_qkv):
-        run(
-            mixed_qkv, conv_weight, conv_bias, conv_state, state_indices, cu_seqlens, has_initial_state,
-            num_accepted_tokens, a, b, A_log, dt_bias, state, num_k_heads, head_k_dim, head_v_dim, exp_gate, null_index,
-            q, k, v, g, beta,
-        )  # fmt: skip
-
-
-def _conv_prologue_outputs(mixed_qkv, a, num_k_heads, head_k_dim, head_v_dim):
-    tokens, value_heads = mixed_qkv.shape[0], a.shape[1]
-    return (
-        mixed_qkv.new_empty((tokens, num_k_heads, head_k_dim)),
-        mixed_qkv.new_empty((tokens, num_k_heads, head_k_dim)),
-        mixed_qkv.new_empty((tokens, value_heads, head_v_dim)),
-        mixed_qkv.new_empty((tokens, value_heads), dtype=torch.float32),
-        mixed_qkv.new_empty((tokens, value_heads), dtype=torch.float32),
-    )
-
-
-def _conv_prologue(*args: Any) -> Any:
-    inputs, backend = args[:-1], args[-1]
-    outputs = _conv_prologue_outputs(inputs[0], inputs[7], *inputs[11:14])
-    run_conv_prologue(*(*inputs, *outputs, backend))
-    return outputs
-
-
-def run_prefill(
-    q, k, v, g, beta, state, state_indices, cu_seqlens, has_initial_state, scale, use_qk_l2norm, exp_gate, max_seqlen,
-    null_index, checkpoints, checkpoint_cu_starts, checkpoint_every, out, backend, zero_padding=False,
-):  # fmt: skip
-    run = function("prefill", backend)
-    if q.shape[0] == 0:
+    if settings.debug() and not _capturing(lead):
+        values.check(record.name, arguments)
+    if record.pads:
+        arguments["zero_padding"] = zero_padding
+    for name in _unknown(run, record.name):
+        if name == "zero_padding":  # a backend that leaves padding's rows alone: they are zeroed in front of it
+            if arguments.pop(name):
+                for output in record.outputs:
+                    arguments[output.name].zero_()
+            continue
+        _leave_out(record, arguments, name, backend)
+    surroundings = _surroundings(lead, [arguments[name] for name in record.written])
+    if not surroundings:
+        run(**arguments)
         return
-    if state_indices.shape[0] == 0:
-        if zero_padding:
-            out.zero_()
-        return
-    if debug.enabled():
-        debug.rows("prefill", state_indices, state.shape[0], null_index)
-        lens = debug.offsets("prefill", cu_seqlens, q.shape[0])
-        if checkpoints is not None:
-            rows = checkpoints.shape[0]
-            debug.checkpoint_starts("prefill", checkpoint_cu_starts, lens, checkpoint_every, rows)
-    with _on_device_of(q):
-        run(
-            q, k, v, g, beta, state, state_indices, cu_seqlens, has_initial_state, scale, use_qk_l2norm, exp_gate,
-            max_seqlen, null_index, out, checkpoints, checkpoint_cu_starts, checkpoint_every, zero_padding,
-        )  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for surrounding in surroundings:
+            stack.enter_context(surrounding)
+        run(**arguments)
 
 
-def _prefill(*args: Any) -> Any:
-    inputs, backend = args[:-1], args[-1]
-    out = _like_v(inputs[2])
-    run_prefill(*(*inputs, out, backend, True))
-    return out
+@functools.cache
+def _unknown(run: Callable[..., None], op: str) -> frozenset[str]:
+    """The op's arguments that a backend does not name, `zero_padding` among them where the op has it."""
+    record = OPS[op]
+    return left_out(run, [*(argument.name for argument in record.arguments), *["zero_padding"] * record.pads])
 
 
-def run_decode(
-    q, k, v, a, b, A_log, dt_bias, state, state_indices, scale, use_qk_l2norm, null_index, out, backend,
-    zero_padding=False,
-):  # fmt: skip
-    run = function("decode", backend)
-    if q.shape[0] == 0:
-        return
-    if debug.enabled():
-        debug.rows("decode", state_indices, state.shape[0], null_index)
-    with _on_device_of(q):
-        run(
-            q, k, v, a, b, A_log, dt_bias, state, state_indices, scale, use_qk_l2norm, null_index, out, zero_padding
-        )  # fmt: skip
+def _leave_out(record: Op, arguments: dict[str, Any], name: str, backend: str) -> None:
+    """Take out an argument that the backend does not know: a hint, or one that asks for nothing."""
+    argument = record.by_name[name]
+    default = _default(record, argument, arguments)
+    value = arguments[name]
+    if not argument.hint and (value is not default and value != default):
+        known = f"{default!r}, which is all that {backend!r} knows"
+        check.fail(record.name, name, known, repr(value))
+    del arguments[name]
 
 
-def _decode(*args: Any) -> Any:
-    inputs, backend = args[:-1], args[-1]
-    out = _like_v(inputs[2])
-    run_decode(*(*inputs, out, backend, True))
-    return out
+def _surroundings(x: Tensor, written: Sequence[Tensor | None]) -> list[contextlib.AbstractContextManager[Any]]:
+    """What keeps the caller's global state out of a backend; empty where there is nothing to keep out.
+
+    Autograd: recorded, an input that requires grad would put the pools on a graph that grows with every call. Backward
+    through an output is autograd's own warning that the op has none. A pool that was made in inference mode is written
+    in inference mode: PyTorch refuses its in-place ops elsewhere. Kernels launch on the current device.
+    """
+    found: list[contextlib.AbstractContextManager[Any]] = []
+    if torch.is_grad_enabled():
+        found.append(torch.no_grad())
+    if not torch.is_inference_mode_enabled() and any(y is not None and y.is_inference() for y in written):
+        found.append(torch.inference_mode())
+    device = x.device.type
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
+        found.append(torch.autocast(device, enabled=False))
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        found.append(torch.cuda.device(x.device))
+    return found
 
 
-def run_fused_decode(
-    mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, num_k_heads, head_k_dim,
-    head_v_dim, scale, z, norm_weight, norm_eps, gate, null_index, out, backend, zero_padding=False,
-):  # fmt: skip
-    run = function("fused_decode", backend)
-    if mixed_qkv.shape[0] == 0:
-        return
-    if debug.enabled():
-        debug.rows("fused_decode", state_indices, min(state.shape[0], conv_state.shape[0]), null_index)
-    with _on_device_of(mixed_qkv):
-        run(
-            mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, state, state_indices, num_k_heads,
-            head_k_dim, head_v_dim, scale, z, norm_weight, norm_eps, gate, null_index, out, zero_padding,
-        )  # fmt: skip
+@functools.cache
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
 
 
-def _fused_decode(*args: Any) -> Any:
-    inputs, backend = args[:-1], args[-1]
-    out = inputs[0].new_empty((inputs[0].shape[0], inputs[4].shape[1], inputs[12]))
-    run_fused_decode(*(*inputs, out, backend, True))
-    return out
+def _capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph is being captured: a copy to the host would break it, and a replay runs kernels only."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def run_verify(
-    q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows, scale,
-    use_qk_l2norm, null_index, out, backend, zero_padding=False,
-):  # fmt: skip
-    run = function("verify", backend)
-    if q.shape[0] == 0:
-        return
-    if state_indices.shape[0] == 0:
-        if zero_padding:
-            out.zero_()
-        return
-    if debug.enabled():
-        slots = state_indices.shape[1]
-        debug.rows("verify", state_indices, state.shape[0], null_index)
-        lens = debug.offsets("verify", cu_seqlens, q.shape[0])
-        debug.speculative_lens("verify", lens, slots)
-        if start_rows is None:
-            debug.accepted("verify", num_accepted_tokens, slots)
-        else:
-            debug.start_rows("verify", start_rows, lens, state.shape[0])
-    with _on_device_of(q):
-        run(
-            q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows, scale,
-            use_qk_l2norm, null_index, out, zero_padding,
-        )  # fmt: skip
+def _new_outputs(record: Op, arguments: Mapping[str, Any]) -> list[Tensor]:
+    """Contiguous buffers, whatever the inputs' strides are."""
+    lead = arguments[record.lead]
+    return [
+        lead.new_empty(
+            [record.size(letter, arguments) for letter in output.shape],
+            dtype=lead.dtype if isinstance(output.dtypes, str) else output.dtypes[0],
+        )
+        for output in record.outputs
+    ]
 
 
-def _verify(*args: Any) -> Any:
-    inputs, backend = args[:-1], args[-1]
-    out = _like_v(inputs[2])
-    run_verify(*(*inputs, out, backend, True))
-    return out
+def _result(record: Op, buffers: Sequence[Tensor]) -> Any:
+    return tuple(buffers) if len(record.outputs) > 1 else buffers[0]
 
 
-def _like_v(v: Tensor) -> Tensor:
-    """[T, Hv, V], contiguous whatever v's strides are."""
-    return v.new_empty(v.shape)
+def _returning(record: Op, *args: Any) -> Any:
+    arguments = dict(zip(record.names, args[:-1], strict=True))
+    buffers = _new_outputs(record, arguments)
+    arguments |= {output.name: buffer for output, buffer in zip(record.outputs, buffers, strict=True)}
+    _run(record, arguments, args[-1], zero_padding=True)
+    return _result(record, buffers)
 
 
-def _fake_conv_prologue(*args: Any) -> Any:
-    return _conv_prologue_outputs(args[0], args[7], *args[11:14])
+def _filling(record: Op, *args: Any) -> None:
+    names = (argument.name for argument in record.arguments)
+    _run(record, dict(zip(names, args[:-1], strict=True)), args[-1], zero_padding=False)
 
 
-def _fake_like_v(*args: Any) -> Any:
-    return _like_v(args[2])
+def _fake_returning(record: Op, *args: Any) -> Any:
+    arguments = dict(zip(record.names, args[:-1], strict=True))
+    check.inputs(record, arguments)
+    return _result(record, _new_outputs(record, arguments))
 
 
-def _fake_fused_decode(*args: Any) -> Any:
-    return args[0].new_empty((args[0].shape[0], args[4].shape[1], args[12]))
+def _fake_filling(record: Op, *args: Any) -> None:
+    arguments = dict(zip(record.names, args, strict=False))
+    buffers = args[len(record.names) : -1]
+    check.outputs(record, arguments, buffers, check.inputs(record, arguments))
 
-
-def _fake_out(*args: Any) -> Any:
-    return None
-
-
-_IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "conv_prologue": (_conv_prologue, _fake_conv_prologue),
-    "conv_prologue_out": (run_conv_prologue, _fake_out),
-    "prefill": (_prefill, _fake_like_v),
-    "prefill_out": (run_prefill, _fake_out),
-    "decode": (_decode, _fake_like_v),
-    "decode_out": (run_decode, _fake_out),
-    "fused_decode": (_fused_decode, _fake_fused_decode),
-    "fused_decode_out": (run_fused_decode, _fake_out),
-    "verify": (_verify, _fake_like_v),
-    "verify_out": (run_verify, _fake_out),
-}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
-for _name, (_implementation, _fake) in _IMPLEMENTATIONS.items():
-    _library.define(_name + SCHEMAS[_name], tags=(torch.Tag.needs_fixed_stride_order,))
-    _library.impl(_name, _unrecorded(_implementation), _KEY)
-    torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=_library)
+_operators: dict[str, Any] = {}
+for _record in OPS.values():
+    for _name, _out, _real, _fake in (
+        (_record.name, False, _returning, _fake_returning),
+        (f"{_record.name}_out", True, _filling, _fake_filling),
+    ):
+        _library.define(_name + _record.schema(out=_out), tags=(torch.Tag.needs_fixed_stride_order,))
+        _library.impl(_name, functools.partial(_real, _record), _KEY)
+        torch.library.register_fake(f"{NAMESPACE}::{_name}", functools.partial(_fake, _record), lib=_library)
+        _operators[_name] = getattr(getattr(torch.ops, NAMESPACE), _name)

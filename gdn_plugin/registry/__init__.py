@@ -1,35 +1,45 @@
 """Platform facts in, backend choice out. Imports no kernel, no host and, until `probe()`, no torch."""
 
-from gdn_plugin.registry.backend import Backend, Check, Choice, Verdict, in_build, load
+from gdn_plugin.registry.backend import Backend, BackendOp, Check, Choice, Variant, Wants, in_build, load
 from gdn_plugin.registry.choice import choose, judge
-from gdn_plugin.registry.errors import BackendError, BackendLoadError, NoBackendError, SelfCheckError
+from gdn_plugin.registry.errors import BackendError, BackendLoadError, NoBackendError, SelfCheckError, Verdict
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.probe import probe
-from gdn_plugin.registry.problem import DTYPES, OPS, PHASES, Problem
+from gdn_plugin.registry.problem import DTYPES, OPS, PADDING, PHASE_OF_OP, Problem
+from gdn_plugin.registry.requests import Request, requests
 from gdn_plugin.registry.selection import Selection, select
 from gdn_plugin.registry.table import backend_names, rows
+from gdn_plugin.settings import PHASES, SettingsError
 
 __all__ = [
     "DTYPES",
     "OPS",
+    "PADDING",
     "PHASES",
+    "PHASE_OF_OP",
     "Backend",
     "BackendError",
     "BackendLoadError",
+    "BackendOp",
     "Check",
     "Choice",
     "NoBackendError",
     "Platform",
     "Problem",
+    "Request",
     "Selection",
     "SelfCheckError",
+    "SettingsError",
+    "Variant",
     "Verdict",
+    "Wants",
     "backend_names",
     "choose",
     "in_build",
     "judge",
     "load",
     "probe",
+    "requests",
     "rows",
     "select",
 ]

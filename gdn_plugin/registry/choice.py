@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 
-from gdn_plugin.registry.backend import Backend, Check, Choice, Verdict, in_build, split_request
-from gdn_plugin.registry.errors import NoBackendError
+from gdn_plugin.registry.backend import Backend, Check, Choice, in_build, split_request
+from gdn_plugin.registry.errors import NoBackendError, Verdict
 from gdn_plugin.registry.known_bad import known_bad_reasons
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.problem import Problem
@@ -80,7 +80,7 @@ def _sentences(checks: Sequence[Check], platform: Platform, problem: Problem) ->
         except Exception as exc:  # a third party's check: broken, it speaks against its row and hides nothing
             sentence = f"a check is broken: {type(exc).__name__}: {exc}"
         if sentence is not None:
-            yield sentence
+            yield sentence if isinstance(sentence, str) else f"a check is broken: it says {sentence!r}, not a sentence"
 
 
 def _unknown(name: str, op: str, valid: list[str]) -> Verdict:

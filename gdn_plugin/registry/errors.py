@@ -1,13 +1,32 @@
-"""Errors of the registry. Each shows the problem, then every candidate with all its reasons."""
+"""The verdict on a row, and the errors that show verdicts: the problem, then every candidate with all its reasons."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gdn_plugin.registry.backend import Verdict
     from gdn_plugin.registry.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found about one row.
+
+    Args:
+        backend: the row's name.
+        supported: it can run the problem.
+        preferred: it can, and auto may take it.
+        reasons: every reason against it: why it cannot run, or, where it can, why auto would pass it over.
+        notes: what to know where it runs.
+    """
+
+    backend: str
+    supported: bool
+    preferred: bool
+    reasons: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class BackendError(RuntimeError):

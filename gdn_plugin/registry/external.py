@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from gdn_plugin.registry.backend import Backend
+from gdn_plugin.registry.backend import Backend, Wants
 from gdn_plugin.registry.problem import OPS
 
 GROUP = "gdn_plugin.backends"
@@ -44,7 +44,7 @@ def external() -> External:
     for point in sorted(importlib.metadata.entry_points(group=GROUP), key=lambda p: p.name):
         try:
             offered = _offered(point.load())
-        except Exception as exc:  # a third party's code may raise anything; it must not take the server down
+        except (Exception, SystemExit) as exc:  # a third party's code may do anything; the server must live on
             failures[point.name] = f"entry point {point.name} = {point.value} failed: {type(exc).__name__}: {exc}"
             _log.warning("gdn_plugin: %s", failures[point.name])
             continue
@@ -67,5 +67,10 @@ def _offered(loaded: object) -> dict[str, tuple[Backend, ...]]:
                 raise TypeError(f"{op}: expected Backend, got {type(backend).__name__}")
             if not backend.name.replace("_", "").replace("-", "").isalnum() or backend.name == "auto":
                 raise ValueError(f"{op}: {backend.name!r} cannot be a backend's name")
+            for name, given in (("checks", backend.checks), ("notes", backend.notes)):
+                if not isinstance(given, tuple) or not all(map(callable, given)):
+                    raise TypeError(f"{op}: {backend.name}: {name} must be a tuple of functions; got {given!r}")
+            if not isinstance(backend.wants, Wants):
+                raise TypeError(f"{op}: {backend.name}: wants must be Wants(...); got {backend.wants!r}")
         checked[op] = backends
     return checked

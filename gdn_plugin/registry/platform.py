@@ -40,16 +40,20 @@ FLASHINFER_FEATURES = (
     "flashinfer.prefill.checkpoints",
     "flashinfer.decode",
     "flashinfer.decode.initial_state_indices",
+    "flashinfer.decode.output_state_indices",
     "flashinfer.decode.output",
     "flashinfer.mtp",
     "flashinfer.mtp.ssm_state_indices",
+    "flashinfer.mtp_bf16.ssm_state_indices",
     "flashinfer.mtp.output",
 )
 # Arguments by which kernels read and write rows of a pool; a simulated older FlashInfer has none of them.
 FLASHINFER_SINCE_0_7 = (
     "flashinfer.prefill.state_indices",
     "flashinfer.decode.initial_state_indices",
+    "flashinfer.decode.output_state_indices",
     "flashinfer.mtp.ssm_state_indices",
+    "flashinfer.mtp_bf16.ssm_state_indices",
 )
 CURRENT_CUDA = "13.0"
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdn_plugin.registry.backend import Check
+from gdn_plugin.registry.checks import bound
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.problem import Problem
 
@@ -154,10 +155,11 @@ _UNMEASURED = {
 def measured(backend: str) -> Check:
     """For `preferred`: what the rows above say about a backend."""
 
-    def check(platform: Platform, problem: Problem) -> str | None:
-        for row in PREFERENCES:
-            if row.backend == backend and row.op == problem.op and row.matches(platform, problem):
-                return None if row.wins else row.reason
-        return _UNMEASURED.get(problem.op, f"no measurement says that {backend} wins here")
+    return bound(_measured, backend)
 
-    return check
+
+def _measured(backend: str, platform: Platform, problem: Problem) -> str | None:
+    for row in PREFERENCES:
+        if row.backend == backend and row.op == problem.op and row.matches(platform, problem):
+            return None if row.wins else row.reason
+    return _UNMEASURED.get(problem.op, f"no measurement says that {backend} wins here")

@@ -11,6 +11,7 @@ import platform as host
 import shutil
 from pathlib import Path
 
+from gdn_plugin import cache
 from gdn_plugin.registry.platform import PACKAGES, Platform
 
 # feature -> (file of the package, function, parameter); without a parameter, that the function is there.
@@ -27,9 +28,19 @@ _FLASHINFER_SIGNATURES = {
         "gated_delta_rule_decode_pretranspose",
         "initial_state_indices",
     ),
+    "flashinfer.decode.output_state_indices": (
+        "gdn_decode.py",
+        "gated_delta_rule_decode_pretranspose",
+        "output_state_indices",
+    ),
     "flashinfer.decode.output": ("gdn_decode.py", "gated_delta_rule_decode_pretranspose", "output"),
     "flashinfer.mtp": ("gdn_decode.py", "gated_delta_rule_mtp", None),
     "flashinfer.mtp.ssm_state_indices": ("gdn_decode.py", "gated_delta_rule_mtp", "ssm_state_indices"),
+    "flashinfer.mtp_bf16.ssm_state_indices": (
+        "gdn_kernels/gdn_decode_bf16_state.py",
+        "gated_delta_rule_mtp",
+        "ssm_state_indices",
+    ),
     "flashinfer.mtp.output": ("gdn_decode.py", "gated_delta_rule_mtp", "output"),
 }
 
@@ -105,7 +116,7 @@ def flashinfer_features() -> dict[str, str]:
 
 
 def cpu_features() -> dict[str, str]:
-    """The C++ compiler that would be used (CXX, else c++, g++, clang++) and the CPU's matrix instructions."""
+    """The C++ compiler that would be used (CXX, else c++, g++, clang++), or what one has left, and CPU flags."""
     found = {"cpu.machine": _machine()}
     # CXX may carry a launcher and flags ("ccache g++ -m64"): the program is what must exist.
     named = os.environ.get("CXX", "").split()
@@ -115,11 +126,21 @@ def cpu_features() -> dict[str, str]:
         if compiler is not None:
             found["cpu.cxx_compiler"] = compiler
             break
+    if "cpu.cxx_compiler" not in found and _compiled_kernels():
+        found["cpu.library"] = "yes"
     flags = _cpu_flags()
     for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "sve"):
         if flag in flags:
             found[f"cpu.{flag}"] = "yes"
     return found
+
+
+def _compiled_kernels() -> bool:
+    """Whether the cache holds a library of the cpu backend. Whether it fits this build is seen when it is loaded."""
+    try:
+        return any(any(folder.glob("gdn_*.so")) for folder in cache.folders("cpu"))
+    except OSError:
+        return False
 
 
 def _machine() -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PHASES = ("prefill", "decode", "verify")
-OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify")
+OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify", "gated_norm")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 PHASE_OF_OP = {
@@ -14,7 +13,10 @@ PHASE_OF_OP = {
     "decode": "decode",
     "fused_decode": "decode",
     "verify": "verify",
+    "gated_norm": "prefill",
 }
+# What a caller says of rows <= null_index, weakest promise first; see the `padding` argument of the ops.
+PADDING = ("any", "scratch", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,13 @@ class Problem:
         head_v_dim: V.
         padded_pool: rows of the pool are further apart than Hv*V*K elements.
         checkpoints: prefill writes intermediate states.
+        checkpoint_dtype: of those states, by name; "" is the pool's.
         max_spec_tokens: most tokens a sequence brings to verify; 0 without speculation.
         ragged: sequences of one verify call may bring different numbers of tokens.
+        padding: what the caller promises of padding rows, one of `PADDING`.
+        strided: q, k, v, g or beta (or what stands for them) are not contiguous.
+        unaligned: a tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
+        gate_dtype: of a and b, by name; "" is the io dtype.
         num_sequences: sequences a call typically has; 0 = unknown.
         num_tokens: tokens a call typically has; 0 = unknown.
     Raises:
@@ -52,6 +59,11 @@ class Problem:
     num_sequences: int = 0
     num_tokens: int = 0
     ragged: bool = False
+    checkpoint_dtype: str = ""
+    padding: str = "any"
+    strided: bool = False
+    unaligned: bool = False
+    gate_dtype: str = ""
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -60,6 +72,12 @@ class Problem:
             value = getattr(self, name)
             if value not in DTYPES:
                 raise ValueError(f"{name}={value!r} is not valid; choose one of: {', '.join(DTYPES)}")
+        for name in ("checkpoint_dtype", "gate_dtype"):
+            value = getattr(self, name)
+            if value and value not in DTYPES:
+                raise ValueError(f"{name}={value!r} is not valid; choose one of: {', '.join(DTYPES)}")
+        if self.padding not in PADDING:
+            raise ValueError(f"padding={self.padding!r} is not valid; choose one of: {', '.join(PADDING)}")
         for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -86,6 +104,11 @@ class Problem:
             "checkpoints": self.checkpoints,
             "max_spec_tokens": self.max_spec_tokens,
             "ragged": self.ragged,
+            "checkpoint_dtype": self.checkpoint_dtype,
+            "padding": self.padding if self.padding != "any" else "",
+            "strided": self.strided,
+            "unaligned": self.unaligned,
+            "gate_dtype": self.gate_dtype,
             "num_sequences": self.num_sequences,
             "num_tokens": self.num_tokens,
         }

@@ -1,4 +1,4 @@
-"""The five ops of one layer, resolved together."""
+"""The ops of one layer, resolved together."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from types import MappingProxyType
 from gdn_plugin.registry.backend import Choice, split_request
 from gdn_plugin.registry.choice import choose, judge
 from gdn_plugin.registry.platform import Platform
-from gdn_plugin.registry.problem import PHASES, Problem
+from gdn_plugin.registry.problem import Problem
 from gdn_plugin.registry.table import rows
+from gdn_plugin.settings import PHASES
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class Selection:
     platform: Platform
     choices: Mapping[str, Choice]
     requests: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        # A frozen selection must not change through the dicts it was made from.
+        object.__setattr__(self, "choices", MappingProxyType(dict(self.choices)))
+        object.__setattr__(self, "requests", MappingProxyType(dict(self.requests)))
+
+    def __reduce__(self) -> tuple[type[Selection], tuple[object, ...]]:
+        return type(self), (self.platform, dict(self.choices), dict(self.requests))
 
     def __getitem__(self, op: str) -> Choice:
         return self.choices[op]
@@ -87,7 +96,7 @@ def select(
         if op not in PHASES:
             request = _followed(platform, problem, request, out)
         choices[op] = choose(platform, problem, request, excluded=out)
-    return Selection(platform, MappingProxyType(choices), MappingProxyType(wanted))
+    return Selection(platform, choices, wanted)
 
 
 def _followed(platform: Platform, problem: Problem, request: str, out: Mapping[str, str]) -> str:

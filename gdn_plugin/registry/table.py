@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from gdn_plugin.registry.backend import Backend, Check
+from gdn_plugin.registry.backend import Backend, Check, Wants
 from gdn_plugin.registry.checks import (
     at_least,
     needs_cuda_on,
@@ -31,7 +31,7 @@ CUDA_MINIMUM_SM100 = "13.0"  # ptxas of CUDA 12 does not take the SM 100 kernels
 
 FLASHINFER_INSTALL = "pip install 'flashinfer-python>=0.6.14'"
 CUTLASS_DSL_INSTALL = "pip install 'nvidia-cutlass-dsl[cu13]>=4.4.2'"
-GDN_FLASHINFER_INSTALL = "pip install 'gdn-plugin[flashinfer]'"
+GDN_FLASHINFER_INSTALL = "pip install 'flashinfer-python>=0.7.2' 'nvidia-cutlass-dsl[cu13]>=4.6.2'"
 
 
 def _triton_device(platform: Platform, problem: Problem) -> str | None:
@@ -52,17 +52,17 @@ _TRITON_CHECKS: tuple[Check, ...] = (
     _triton_device,
     needs_head_dims((64, 128, 256), (64, 128, 256)),
     needs_dtype("bfloat16", "float16", "float32"),
-    needs_state_dtype("float32", "bfloat16"),
+    needs_state_dtype("float32", "bfloat16", "float16"),
 )
 
 
-def _triton(op: str, module: str) -> Backend:
+def _triton(op: str) -> Backend:
     return Backend(
         "triton",
-        f"gdn_plugin.ops._triton.{module}:{op}",
+        f"gdn_plugin.backends.triton.{op}:{op.upper()}",
         checks=_TRITON_CHECKS,
         preferred=_interpreted_only_on_request,
-        install="pip install 'gdn-plugin[triton]'",
+        install="pip install triton",
     )
 
 
@@ -82,13 +82,54 @@ def _dense_fp32_pool(platform: Platform, problem: Problem) -> str | None:
 
 
 def _even_batches(platform: Platform, problem: Problem) -> str | None:
-    """FlashInfer's kernels of several tokens take [B, S, ...] tensors."""
+    """FlashInfer's kernels of several tokens take [B, S, ...] tensors, and have no mask."""
     if problem.ragged:
-        return "needs as many tokens of every sequence; drafts of this host end early, so its batches are ragged"
+        return "needs as many tokens of every sequence; this batch is ragged, or may be (padding is not 'none')"
     return None
 
 
+def _verify_kernels(platform: Platform, problem: Problem) -> str | None:
+    """A kernel for each pool type, and for one token decode's, which then writes another row than it reads."""
+    if problem.max_spec_tokens == 1:
+        feature, what = "flashinfer.decode.output_state_indices", "decode_pretranspose(output_state_indices=...)"
+    elif problem.state_dtype == "bfloat16":
+        feature, what = "flashinfer.mtp_bf16.ssm_state_indices", "mtp(ssm_state_indices=...) for bfloat16 pools"
+    else:
+        feature, what = "flashinfer.mtp.ssm_state_indices", "mtp(ssm_state_indices=...)"
+    return needs_feature(feature, f"gated_delta_rule_{what} of flashinfer-python >= 0.7")(platform, problem)
+
+
+def _two_value_heads(platform: Platform, problem: Problem) -> str | None:
+    """CuTe finds a gate's dense dim by its stride of 1, which a single head shares with tokens."""
+    return None if problem.num_v_heads > 1 else "needs 2 value heads or more on a rank; got 1"
+
+
+def _masked_padding(platform: Platform, problem: Problem) -> str | None:
+    """FlashInfer's prefill, and its decode of a 16-bit pool, run padding like any other sequence."""
+    if problem.padding == "any" and not (problem.op == "decode" and problem.state_dtype == "float32"):
+        return "needs padding='scratch' or 'none': its kernel would write to the pool rows that padding names"
+    return None
+
+
+def _layout(platform: Platform, problem: Problem) -> str | None:
+    if problem.strided and problem.op == "prefill":
+        return "needs contiguous q, k, v, g and beta"
+    if problem.unaligned:
+        return "needs tensors that start on 32-byte boundaries, and pool rows on 16-byte ones"
+    return None
+
+
+def _gate_dtype(platform: Platform, problem: Problem) -> str | None:
+    """Its decode of an fp32 pool reads fp32 gates too."""
+    found = problem.gate_dtype or problem.dtype
+    if found == problem.dtype or (problem.op == "decode" and problem.state_dtype == "float32"):
+        return None
+    return f"needs a and b in {problem.dtype}; got {found}"
+
+
 def _checkpointing(platform: Platform, problem: Problem) -> str | None:
+    if problem.checkpoints and problem.checkpoint_dtype not in ("", problem.state_dtype):
+        return f"needs checkpoints in the pool's {problem.state_dtype}; got {problem.checkpoint_dtype}"
     if problem.checkpoints and not platform.has("flashinfer.prefill.checkpoints"):
         return "needs chunk_gated_delta_rule(state_checkpoints=...) for checkpoints, which was not found"
     copies = not platform.has("flashinfer.prefill.state_indices")
@@ -104,52 +145,64 @@ def _copying(platform: Platform, problem: Problem) -> str | None:
     return "copying: needs flashinfer-python >= 0.7 for in-place state"
 
 
-def _flashinfer(op: str, *checks: Check, notes: tuple[Check, ...] = ()) -> Backend:
+def _flashinfer(op: str, *checks: Check, wants: Wants = Wants(), notes: tuple[Check, ...] = ()) -> Backend:  # noqa: B008
     return Backend(
         "flashinfer",
-        f"gdn_plugin.ops._flashinfer.{op}:{op}",
+        f"gdn_plugin.backends.flashinfer.{op}:{op.upper()}",
         checks=(
             *checks,
+            _masked_padding,
+            _layout,
+            _gate_dtype,
             needs_cuda_on((100, 103), CUDA_MINIMUM_SM100),
             needs_head_dims((128,), (128,)),
-            needs_state_dtype("float32", "bfloat16"),
+            needs_state_dtype("float32", "bfloat16", *(("float16",) if op == "prefill" else ())),
             needs_package("flashinfer-python", FLASHINFER_MINIMUM, FLASHINFER_INSTALL),
             _cutlass_dsl,
         ),
         preferred=measured("flashinfer"),
+        wants=wants,
         notes=notes,
         install=GDN_FLASHINFER_INSTALL,
     )
 
 
+def _library_or_compiler(platform: Platform, problem: Problem) -> str | None:
+    """Kernels that were compiled before serve where there is no compiler any more."""
+    if platform.has("cpu.library"):
+        return None
+    return needs_feature("cpu.cxx_compiler", "a C++ compiler (CXX, or c++, g++ or clang++ on PATH)")(platform, problem)
+
+
 def _cpu(op: str) -> Backend:
     return Backend(
         "cpu",
-        f"gdn_plugin.ops.cpu.{op}:{op}",
+        f"gdn_plugin.backends.cpu.kernels:{op.upper()}",
         checks=(
             needs_device("cpu"),
             needs_machine("x86_64", "arm64"),
-            needs_feature("cpu.cxx_compiler", "a C++ compiler (CXX, or c++, g++ or clang++ on PATH)"),
+            _library_or_compiler,
             needs_dtype("bfloat16", "float16", "float32"),
-            needs_state_dtype("float32", "bfloat16"),
+            needs_state_dtype("float32", "bfloat16", "float16"),
         ),
         install="install a C++ compiler (Debian: apt install g++)",
     )
 
 
 def _torch(op: str) -> Backend:
-    return Backend("torch", f"gdn_plugin.ops.{'chunked' if op == 'prefill' else 'eager'}:{op}")
+    module = op if op in ("prefill", "gated_norm") else "recurrent"
+    return Backend("torch", f"gdn_plugin.backends.torch.{module}:{op.upper()}")
 
 
 def _reference(op: str) -> Backend:
     why = "a plain loop over tokens: the truth that tests compare with, chosen only by name"
-    return Backend("reference", f"gdn_plugin.ops.reference:{op}", preferred=never(why))
+    return Backend("reference", f"gdn_plugin.backends.reference.recurrence:{op.upper()}", preferred=never(why))
 
 
 # Order is rank.
 TABLE: Mapping[str, tuple[Backend, ...]] = {
     "conv_prologue": (
-        _triton("conv_prologue", "prologue"),
+        _triton("conv_prologue"),
         _cpu("conv_prologue"),
         _torch("conv_prologue"),
         _reference("conv_prologue"),
@@ -161,9 +214,10 @@ TABLE: Mapping[str, tuple[Backend, ...]] = {
             needs_dtype("bfloat16", "float16"),
             needs_feature("flashinfer.prefill", "flashinfer.gdn_prefill.chunk_gated_delta_rule"),
             _checkpointing,
+            wants=Wants(exp_gate=True, zeroed_fresh_rows=True, dense_rows=True, scratch_row=True, contiguous=True),
             notes=(_copying,),
         ),
-        _triton("prefill", "prefill"),
+        _triton("prefill"),
         _cpu("prefill"),
         _torch("prefill"),
         _reference("prefill"),
@@ -173,18 +227,20 @@ TABLE: Mapping[str, tuple[Backend, ...]] = {
             "decode",
             needs_sm_at_least(90),
             needs_dtype("bfloat16"),
+            _two_value_heads,
             needs_feature(
                 "flashinfer.decode.initial_state_indices",
                 "gated_delta_rule_decode_pretranspose(initial_state_indices=...) of flashinfer-python >= 0.7",
             ),
+            wants=Wants(dense_rows=True, scratch_row=True),
         ),
-        _triton("decode", "decode"),
+        _triton("decode"),
         _cpu("decode"),
         _torch("decode"),
         _reference("decode"),
     ),
     "fused_decode": (
-        _triton("fused_decode", "fused_decode"),
+        _triton("fused_decode"),
         _cpu("fused_decode"),
         _torch("fused_decode"),
         _reference("fused_decode"),
@@ -196,15 +252,20 @@ TABLE: Mapping[str, tuple[Backend, ...]] = {
             needs_dtype("bfloat16"),
             _even_batches,
             _dense_fp32_pool,
-            needs_feature(
-                "flashinfer.mtp.ssm_state_indices",
-                "gated_delta_rule_mtp(ssm_state_indices=...) of flashinfer-python >= 0.7",
-            ),
+            _two_value_heads,
+            _verify_kernels,
+            wants=Wants(dense_rows=True, scratch_row=True),
         ),
-        _triton("verify", "verify"),
+        _triton("verify"),
         _cpu("verify"),
         _torch("verify"),
         _reference("verify"),
+    ),
+    "gated_norm": (
+        _triton("gated_norm"),
+        _cpu("gated_norm"),
+        _torch("gated_norm"),
+        _reference("gated_norm"),
     ),
 }
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import ops
-from gdn_plugin.ops import reference
+from gdn_plugin.backends.reference import recurrence as reference
 
 pytestmark = pytest.mark.slow  # imports vLLM
 TOKENS, HK, HV, DIM = 500, 2, 4, 128

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gdn_plugin.ops.cpu import build
+from gdn_plugin.backends.cpu import build
 
 pytestmark = pytest.mark.slow  # compiles without a cache
 HERE = Path(__file__).parent

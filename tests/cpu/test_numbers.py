@@ -7,13 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gdn_plugin.ops.cpu import build
-from gdn_plugin.ops.cpu.conv_prologue import conv_prologue
-from gdn_plugin.ops.cpu.decode import decode
-from gdn_plugin.ops.cpu.fused_decode import fused_decode
-from gdn_plugin.ops.cpu.prefill import prefill
-from gdn_plugin.ops.cpu.verify import verify
-from tests.support.cases import (
+from gdn_plugin.backends.cpu import build, kernels
+from gdn_plugin.ops.cases import (
     Heads,
     conv_prologue_case,
     decode_case,
@@ -23,9 +18,11 @@ from tests.support.cases import (
 )
 from tests.support.checks import check
 
+conv_prologue, fused_decode = kernels.CONV_PROLOGUE.run, kernels.FUSED_DECODE.run
+prefill, decode, verify = kernels.PREFILL.run, kernels.DECODE.run, kernels.VERIFY.run
 LEVELS = [level.name for level in build.levels()]
 IO = [torch.float32, torch.bfloat16, torch.float16]
-STATE = [torch.float32, torch.bfloat16]
+STATE = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = {
     "model": Heads(1, 2, 128, 128),
     "small": Heads(2, 4, 16, 8),

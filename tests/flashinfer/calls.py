@@ -36,6 +36,7 @@ def prefill_args(state_dtype: torch.dtype, *, batch: int = 8, tokens: int = 4099
         "exp_gate": True,
         "max_seqlen": tokens,
         "null_index": 0,
+        "padding": "none",
         "out": empty(tokens, HV, D),
         "checkpoints": None,
         "checkpoint_cu_starts": None,
@@ -67,6 +68,7 @@ def _recurrent(tokens: int) -> dict[str, Any]:
         "dt_bias": empty(HV),
         "scale": D**-0.5,
         "use_qk_l2norm": False,
+        "padding": "none",
         "out": empty(tokens, HV, D),
         "zero_padding": False,
     }
@@ -76,7 +78,7 @@ def decode_args(state_dtype: torch.dtype, *, batch: int = 5, **changes: Any) -> 
     given = {
         "state": pool(state_dtype),
         "state_indices": empty(batch, dtype=torch.int32),
-        "null_index": 0 if state_dtype == torch.bfloat16 else -1,
+        "null_index": 0,
     }
     return _recurrent(batch) | given | changes
 

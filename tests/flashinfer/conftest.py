@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gdn_plugin.ops._flashinfer.simulated import ARCHS, Recording, simulated_device
+from gdn_plugin.tools.simulated import ARCHS, Recording, simulated_device
 
 NEEDED = {"flashinfer": "flashinfer-python", "cutlass": "nvidia-cutlass-dsl[cu13]"}
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from gdn_plugin.ops._flashinfer.compile import compile_all, problems
+from gdn_plugin.tools import compile_flashinfer
+from gdn_plugin.tools.compile_flashinfer import CompileRow, compile_all, compiler_trouble, problems
 
 # A few of each architecture; `gdn-plugin compile --backend flashinfer` compiles all of them.
 FEW = {
@@ -27,10 +27,7 @@ def test_kernels_compile(sm, tmp_path, monkeypatch):
     here.mkdir()
     monkeypatch.chdir(here)
     wanted = [problem for op, state in FEW[sm] for problem in problems(ops=(op,), state_dtypes=(state,))]
-    # FlashInfer's fp32 verify takes dense pools alone: our wrapper refuses, the command says so and goes on.
-    refused = dataclasses.replace(problems(ops=("verify",), state_dtypes=("float32",))[0], padded_pool=True)
-    error, *rows = compile_all(sm, tmp_path, wanted=[refused, *wanted], few=True)
-    assert error.error.startswith("ValueError: state: ") and error.kernel == ""
+    rows = list(compile_all(sm, tmp_path, wanted=wanted, few=True))
     assert [row.error for row in rows] == [""] * len(wanted)
     assert all(row.kernel and row.seconds > 0 for row in rows)
     assert list(here.iterdir()) == [], "what the compiler dumps on its way must not stay in the current folder"
@@ -51,6 +48,57 @@ def test_an_architecture_without_kernels_is_refused():
 
 def test_a_process_that_dies_is_a_row(monkeypatch):
     monkeypatch.setenv("FLASHINFER_WORKSPACE_BASE", "/proc/nowhere")
-    monkeypatch.setattr("gdn_plugin.ops._flashinfer.compile.sys.executable", "/bin/false")
+    monkeypatch.setattr("gdn_plugin.tools.compile_flashinfer.sys.executable", "/bin/false")
     (row,) = compile_all(90)
     assert "ended early" in row.error
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Stands for the compile: what it was asked, and what it answers."""
+    calls = []
+
+    def compile_all(sm, **arguments):
+        calls.append(sm)
+        yield CompileRow("kernel", "case", 1.0, error="no kernel image" if sm == 100 else "")
+
+    monkeypatch.setattr(compile_flashinfer, "compile_all", compile_all)
+    return calls
+
+
+def test_a_working_compiler_is_asked_once(asked, tmp_path):
+    assert [compiler_trouble(90, tmp_path) for _ in range(3)] == [None] * 3
+    assert asked == [90]
+
+
+def test_the_answer_is_kept_in_the_plugins_cache(asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("GDN_PLUGIN_CACHE", str(tmp_path))
+    assert [compiler_trouble(90) for _ in range(2)] == [None] * 2
+    assert asked == [90] and len(list(tmp_path.rglob("compiler-*.json"))) == 1
+
+
+def test_a_broken_compiler_is_named_with_the_pip_command(asked, tmp_path):
+    for _ in range(2):
+        trouble = compiler_trouble(100, tmp_path)
+        assert "sm_100a: no kernel image; pip install" in trouble and "nvidia-cutlass-dsl[cu13]" in trouble
+    assert asked == [100]
+
+
+def test_other_versions_ask_again(asked, tmp_path, monkeypatch):
+    compiler_trouble(90, tmp_path)
+    monkeypatch.setattr(compile_flashinfer, "installed_packages", lambda: {"nvidia-cutlass-dsl": "9.9"})
+    compiler_trouble(90, tmp_path)
+    assert asked == [90, 90]
+    assert sorted(json.loads(file.read_text())["sm"] for file in tmp_path.iterdir()) == [90, 90]
+
+
+def test_an_unwritable_folder_is_no_failure(asked, tmp_path):
+    (tmp_path / "file").write_text("")
+    for _ in range(2):
+        assert compiler_trouble(90, tmp_path / "file" / "below") is None
+    assert asked == [90, 90]
+
+
+@pytest.mark.slow
+def test_the_installed_compiler_compiles(tmp_path):
+    assert compiler_trouble(90, tmp_path) is None

@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def backend_function():
-    """(backend, op) -> the backend's function; skips where the backend's package or the op is missing here."""
+    """(backend, op) -> what runs the op; skips where the backend's package or the op is missing here."""
     from gdn_plugin.registry import BackendLoadError, load, rows
 
     def find(backend: str, op: str):
@@ -28,7 +28,7 @@ def backend_function():
         try:
             if backend in ("triton", "flashinfer"):
                 importlib.import_module(backend)
-            return load(row)
+            return load(row).run
         except (ImportError, BackendLoadError) as exc:
             pytest.skip(f"{backend} cannot be loaded: {exc}")
 

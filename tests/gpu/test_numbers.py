@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.support import cases
-from tests.support.cases import Heads
+from gdn_plugin.ops import cases
+from gdn_plugin.ops.cases import Heads
 from tests.support.checks import check
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -61,7 +61,7 @@ def test_triton_prefill_options(backend_function, io, zero_padding):
 
 @pytest.mark.parametrize("heads", HEADS, ids=ids)
 @pytest.mark.parametrize("io", [BF16, FP16, FP32], ids=ids)
-@pytest.mark.parametrize("state", [FP32, BF16], ids=ids)
+@pytest.mark.parametrize("state", [FP32, BF16, FP16], ids=ids)
 @pytest.mark.parametrize("op", ["decode", "fused_decode"])
 def test_triton_decode(backend_function, op, heads, io, state):
     make = getattr(cases, f"{op}_case")
@@ -113,12 +113,12 @@ def test_triton_verify(backend_function, heads, io, state):
 
 
 @pytest.mark.parametrize("lens", [(1,), (64, 1, 129), (257, 64, 3), (1000,)], ids=ids)
-@pytest.mark.parametrize("state", [FP32, BF16], ids=ids)
+@pytest.mark.parametrize("state", [FP32, BF16, FP16], ids=ids)
 @pytest.mark.parametrize("checkpoint_every", [0, 64])
 def test_flashinfer_prefill(backend_function, lens, state, checkpoint_every):
     case = cases.prefill_case(
         lens, QWEN, BF16, state, exp_gate=True, fresh=None, page_tail=8192, checkpoint_every=checkpoint_every,
-        device="cuda",
+        promise="none", device="cuda",
     )  # fmt: skip
     check(backend_function("flashinfer", "prefill"), case, precision="io")
 
@@ -126,18 +126,17 @@ def test_flashinfer_prefill(backend_function, lens, state, checkpoint_every):
 @pytest.mark.parametrize("state", [FP32, BF16], ids=ids)
 @pytest.mark.parametrize("batch", [1, 7, 64])
 def test_flashinfer_decode(backend_function, state, batch):
-    # With a bf16 pool padding runs on row 0 and writes it, which the check would report.
-    padding = (2,) if state is FP32 and batch > 2 else ()
+    padding = (2,) if batch > 2 else ()
     case = cases.decode_case(
-        batch, QWEN, BF16, state, page_tail=8192, null_index=0, padding=padding, device="cuda"
-    )  # fmt: skip
+        batch, QWEN, BF16, state, page_tail=8192, promise="scratch", padding=padding, device="cuda"
+    )
     check(backend_function("flashinfer", "decode"), case, precision="io")
 
 
 @pytest.mark.parametrize("state", [FP32, BF16], ids=ids)
 def test_flashinfer_verify(backend_function, state):
     page_tail = 0 if state is FP32 else 8192  # FlashInfer's scatter of fp32 states takes dense pools alone
-    case = cases.verify_case((4, 4, 4), QWEN, BF16, state, page_tail=page_tail, null_index=0, device="cuda")
+    case = cases.verify_case((4, 4, 4), QWEN, BF16, state, page_tail=page_tail, promise="none", device="cuda")
     check(backend_function("flashinfer", "verify"), case, precision="io")
 
 
@@ -145,32 +144,15 @@ def test_flashinfer_verify(backend_function, state):
 @pytest.mark.parametrize("backend", ["triton", "flashinfer"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_verify_from_start_rows(backend_function, backend, state, batch):
-    """The form that is FlashInfer's kernel alone: an fp32 pool's padding is -1, a bf16 pool has a scratch row."""
+    """The form that is FlashInfer's kernel alone."""
     case = cases.verify_case(
-        (4,) * batch, QWEN, BF16, state, start_rows=True, page_tail=0 if state is FP32 else 8192,
-        null_index=-1 if state is FP32 else 0, device="cuda",
+        (4,) * batch, QWEN, BF16, state, start_rows=True, page_tail=0 if state is FP32 else 8192, promise="none",
+        device="cuda",
     )  # fmt: skip
     if batch == 1:  # contiguous whatever its stride, which CuTe looks at
         wide = case.args["start_rows"].repeat(4).view(4, 1).t()
         case.args["start_rows"] = wide[:, 0].as_strided((1,), (4,))
     check(backend_function(backend, "verify"), case, precision="io", zero_padding=False)
-
-
-def test_flashinfer_bf16_padding_is_left_to_the_scratch_row(backend_function):
-    """Without the launch that zeroes it: S_0 q, which is zero for what conv_prologue leaves for padding."""
-    case = cases.decode_case(7, QWEN, BF16, BF16, page_tail=8192, null_index=0, padding=(2, 6), device="cuda")
-    pool, state = case.pools["state"], case.pools["state"].clone().view
-    state[0] = 1.0
-    for name in ("q", "k", "v"):
-        case.args[name][[2, 6]] = 0
-    out = torch.full(case.outputs["out"][0], float("nan"), dtype=BF16, device="cuda")
-    backend_function("flashinfer", "decode")(**case.args, state=state, out=out, zero_padding=False)
-    assert bool((out[[2, 6]] == 0).all()) and bool(torch.isfinite(out).all()) and bool(torch.isfinite(state[0]).all())
-    live = torch.zeros(len(state), dtype=torch.bool)
-    live[case.args["state_indices"][case.live.nonzero()[:, 0]].cpu().long()] = True
-    untouched = ~live
-    untouched[0] = False
-    assert torch.equal(state[untouched].isnan(), pool.view[untouched].isnan())
 
 
 @pytest.mark.parametrize(
@@ -183,36 +165,38 @@ def test_flashinfer_bf16_padding_is_left_to_the_scratch_row(backend_function):
 )
 def test_pool_past_int32_offsets(backend_function, backend, op, state_dtype):
     """Rows whose offset is past 2^31 elements: a 32-bit product would wrap to another row."""
-    from gdn_plugin.bench.shapes import Shape
-    from gdn_plugin.bench.workload import make_workload
-
-    layer = Shape("large", 4, 32, 128, 128)
+    heads = Heads(4, 32, 128, 128)
     rows = 2**31 // (32 * 128 * 128) + 40
-    lens = (65, 3) if op == "prefill" else (3, 2) if op == "verify" else (1, 1)
-    w = make_workload(layer, lens, device="cuda", state_dtype=state_dtype, rows=rows, page_tail=0)
-    far = torch.tensor([rows - 2, rows - 1], dtype=torch.int32, device="cuda")
-    near = torch.tensor([1, 2], dtype=torch.int32, device="cuda")
-    spec = {"far": far[:, None] - torch.tensor([0, 4, 8], dtype=torch.int32, device="cuda"),
-            "near": near[:, None] + torch.tensor([0, 4, 8], dtype=torch.int32, device="cuda")}  # fmt: skip
-    start = torch.randn(2, *w.state.shape[1:], device="cuda").to(state_dtype)
+    lens = (65, 3) if op == "prefill" else (3, 2)
+    first = 2 if op.endswith("decode") else lens
+    promise = {} if op == "fused_decode" else {"promise": "none"}
+    make = getattr(cases, f"{op}_case")
+    case = make(first, heads, BF16, state_dtype, page_tail=0, pool_rows=rows, device="cuda", **promise)
+    given = case.arguments(copy=False)
+    start = torch.randn(2, 32, 128, 128, device="cuda").to(state_dtype)
+    steps = 4 * torch.arange(4 if op == "verify" else 1, dtype=torch.int32, device="cuda")
     outs, states = [], []
-    for name, index in (("far", far), ("near", near)):
-        w.state[index.long()] = start
-        w.conv_state.zero_()
-        out = torch.zeros_like(w.out)
-        gates = (w.a, w.b, w.A_log, w.dt_bias, w.state)
-        function = backend_function(backend, op)
-        if op == "prefill":
-            function(w.q, w.k, w.v, w.g, w.beta, w.state, index, w.cu_seqlens, None, w.scale, False, False, 0, 0, out,
-                     None, None, 0, False)  # fmt: skip
-        elif op == "decode":
-            function(w.q, w.k, w.v, *gates, index, w.scale, True, 0, out, False)
-        elif op == "fused_decode":
-            function(w.mixed_qkv, w.conv_weight, None, w.conv_state, *gates, index, 4, 128, 128, w.scale, None, None,
-                     1e-6, "silu", -1, out, False)  # fmt: skip
-        else:
-            ones = torch.ones(2, dtype=torch.int32, device="cuda")
-            function(w.q, w.k, w.v, *gates, spec[name], ones, w.cu_seqlens, None, w.scale, True, -1, out, False)
+    for last in (rows - 1, 39):
+        index = last - torch.arange(2, dtype=torch.int32, device="cuda")[:, None] - steps
+        given["state"][index[:, 0].long()] = start
+        if op == "verify":
+            given["num_accepted_tokens"].fill_(1)
+        if op == "fused_decode":
+            given["conv_state"].zero_()
+        out = torch.zeros(case.outputs["out"][0], dtype=BF16, device="cuda")
+        own = {"state_indices": index if op == "verify" else index[:, 0].contiguous(), "out": out}
+        backend_function(backend, op)(**given | own)
         outs.append(out)
-        states.append(w.state[index.long()].clone())
-    assert torch.equal(outs[0], outs[1]) and torch.equal(states[0], states[1])
+        states.append(given["state"][index[:, -1].long()].clone())
+    assert torch.isfinite(outs[0]).all()
+    assert torch.equal(outs[0], outs[1]) and torch.equal(states[0].isnan(), states[1].isnan())
+    assert torch.equal(states[0].nan_to_num(), states[1].nan_to_num())
+
+
+@pytest.mark.parametrize("gate", ["silu", "sigmoid"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("io", [BF16, FP16, FP32], ids=ids)
+@pytest.mark.parametrize("tokens", [1, 257, 4096])
+def test_triton_gated_norm(backend_function, gate, in_place, io, tokens):
+    case = cases.gated_norm_case(tokens, QWEN, io, gate=gate, in_place=in_place, gap=64, device="cuda")
+    check(backend_function("triton", "gated_norm"), case)

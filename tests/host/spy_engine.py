@@ -22,7 +22,8 @@ def main() -> None:
     for key, value in run_engine.ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     from gdn_plugin import ops
-    from gdn_plugin.hosts.vllm import core, layer
+    from gdn_plugin.hosts import core
+    from gdn_plugin.hosts.vllm import layer
 
     job_file, result_file = sys.argv[1:]
     seen: collections.Counter[str] = collections.Counter()

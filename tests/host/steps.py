@@ -100,6 +100,7 @@ def build_metadata(step: Step, spec_tokens: int = 0) -> SimpleNamespace:
         prefill_state_indices=None,
         prefill_has_initial_state=None,
         nums_dict=None,
+        _gdn_plugin_spec_has_initial_state=None,
     )
     others = [i for i, is_spec in enumerate(spec) if not is_spec]
     if any(spec):
@@ -144,10 +145,13 @@ def _speculative(
     meta.spec_state_indices_tensor = _int32([rows[i][:spec_tokens] for i in chosen])
     meta.spec_query_start_loc = _starts([lengths[i] for i in chosen])
     meta.num_accepted_tokens = _int32([step.rows[i].request.accepted for i in chosen])
+    meta.num_spec_decode_tokens = sum(lengths[i] for i in chosen)
+    started = [step.rows[i].request.done > 0 for i in chosen]
     token_is_spec = torch.repeat_interleave(torch.tensor(spec), torch.tensor(lengths))
     index = torch.argsort(token_is_spec, stable=True)
     others = int((~token_is_spec).sum())
     meta.non_spec_token_indx, meta.spec_token_indx = index[:others], index[others:]
+    meta._gdn_plugin_spec_has_initial_state = torch.tensor(started)  # patches/fresh_speculative_rows.py
     if others:
         return
     meta.spec_token_indx = torch.arange(len(token_is_spec), dtype=torch.int32)
@@ -156,6 +160,7 @@ def _speculative(
         meta.spec_query_start_loc = _starts(lengths)
         meta.num_accepted_tokens = _int32([r.request.accepted for r in step.rows] + [1] * step.pad_requests)
         meta.num_spec_decodes = len(rows)
+        meta._gdn_plugin_spec_has_initial_state = torch.tensor(started + [True] * step.pad_requests)
     meta.num_actual_tokens += step.pad_tokens
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -55,15 +56,14 @@ def test_unpacked_hosts_fit() -> None:
         assert compat.version_problem(compat.version_of(compat.package_root(root))) is None
 
 
-def test_the_table_in_the_readme_names_tests_that_exist() -> None:
+def test_the_table_of_what_works_names_tests_that_exist() -> None:
     root = Path(__file__).parents[2]
-    rows = [line for line in (root / "README.md").read_text().splitlines() if "::" in line and line.startswith("| ")]
-    assert len(rows) > 15
-    for row in rows:
-        named = re.findall(r"`(\w+)::(\w+)`", row.rsplit("|", 2)[1])
-        assert named, row
-        for file, name in named:
-            assert re.search(rf"def test_{name}\(", (root / "tests" / "host" / f"test_{file}.py").read_text()), name
+    page = (root / "docs" / "verification.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(\w+)::(\w+)`", page.partition("Shown by")[2].partition("\n")[2])
+    assert len(named) > 25
+    for file, name in named:
+        text = (root / "tests" / "host" / f"test_{file}.py").read_text(encoding="utf-8")
+        assert re.search(rf"def test_{name}\(", text), name
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.1", "0.32.0+cpu", "0.33.0rc1.dev7+g1234567", "0.33"])
@@ -112,6 +112,57 @@ def test_a_missing_file_is_said(tree: Path) -> None:
     (tree / "forward_context.py").unlink()
     assert compat.contract(tree) == ["vllm.forward_context is missing"]
     assert compat.contract(tree.parent) == ["vllm.forward_context is missing"]  # the folder that holds it will do
+
+
+def test_sources_are_utf_8_whatever_the_locale(tree: Path) -> None:
+    path = tree / "forward_context.py"
+    path.write_text(path.read_text(encoding="utf-8") + "\n# Ünïcode, as in the name of an author\n", encoding="utf-8")
+    code = f"from gdn_plugin.hosts.vllm import compat; print(compat.contract({str(tree)!r}))"
+    plain = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | plain)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("damage", [b"def broken(:", b"# \xff\xfe", b"\0"], ids=["syntax", "encoding", "null"])
+def test_a_file_that_cannot_be_read_is_said(tree: Path, damage: bytes) -> None:
+    path = tree / "forward_context.py"
+    path.write_bytes(path.read_bytes() + b"\n" + damage)
+    (said,) = compat.contract(tree)
+    assert said.startswith("vllm.forward_context cannot be read: ")
+
+
+# Who builds the layer, in 0.32 and 0.33. A name that is missing here wants a look at what it passes and calls.
+MODELS = {"qwen3_next", "qwen3_5", "interns2_mobius", "qwen4_exp"}
+
+
+def hosts() -> list[Path]:
+    named = [path for path in os.environ.get("HOST_CONTRACT_TREES", "").split(os.pathsep) if path]
+    unpacked = sorted((Path(__file__).parents[2] / ".cache" / "hosts").glob("*"))
+    installed = compat.installed_root()
+    roots = [compat.package_root(path) for path in (*named, *unpacked)] + ([installed] if installed else [])
+    return [root for root in roots if (root / "__init__.py").exists()]
+
+
+@pytest.mark.parametrize("root", hosts(), ids=lambda root: compat.version_of(root))
+def test_every_model_that_builds_the_layer_is_served(root: Path) -> None:
+    """It builds the very class that is replaced, with arguments that the layer takes, and does nothing but call it."""
+    found = set()
+    for folder in ("models", "model_executor/models"):
+        for path in sorted((root / folder).rglob("*.py")):
+            source = path.read_text(encoding="utf-8")
+            if compat.LAYER_CLASS not in source:
+                continue
+            found.add(path.relative_to(root / folder).with_suffix("").parts[0])
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.ClassDef):
+                    assert compat.LAYER_CLASS not in map(ast.unparse, node.bases), f"{path}: {node.name}"
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == compat.LAYER_CLASS:
+                    given = {keyword.arg for keyword in node.keywords}
+                    taken = {"config", "vllm_config", "prefix", "gqa_interleaved_layout", "reduce_results"}
+                    assert len(node.args) <= 1 and given <= taken, f"{path}:{node.lineno}"
+                if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith("self.linear_attn"):
+                    raise AssertionError(f"{path}:{node.lineno} reads {ast.unparse(node)}")
+    assert found == MODELS
 
 
 def test_no_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gdn_plugin.hosts.vllm import compile_cache
+from gdn_plugin.hosts.vllm.patches import saved_models as compile_cache
 from tests.host.engines import FP32_LIMIT, MIXED, PLUGIN, answers, log_probability_gap, needs_vllm
 
 LOADED, SAVED = "Directly load AOT compilation from path", "saved AOT compiled function to"
@@ -84,7 +84,7 @@ def test_the_gap_that_the_plugin_fills() -> None:
         f"import {compile_cache._MODULE} as host\n"
         f"artefact = host.{compile_cache._CLASS}\n"
         f"before = {compile_cache._METHOD!r} in dir(artefact)\n"
-        "from gdn_plugin.hosts.vllm.compile_cache import let_artefacts_load\n"
+        "from gdn_plugin.hosts.vllm.patches.saved_models import let_artefacts_load\n"
         "given = [let_artefacts_load(), let_artefacts_load()]\n"
         f"print(json.dumps([before, given, artefact.{compile_cache._METHOD}(None, None)]))\n"
     )

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import ops
-from gdn_plugin.hosts.vllm.core import Core, GatedNorm, Parameters, Shape
+from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Shape
 from gdn_plugin.hosts.vllm.metadata import batch_of
-from gdn_plugin.registry import probe, select
+from gdn_plugin.registry import PHASES, probe, select
 from tests.host.steps import Request, Row, Step, build_inputs, build_metadata
 from tests.support.checks import assert_close, bits
 from tests.tolerances import tolerance
@@ -70,8 +70,9 @@ class World:
         wide = torch.cat([x, self.randn(padded, HV * V)], 1)  # mixed_qkv is a slice of the projection
         z = wide[:, DIM:].unflatten(1, (HV, V))
         out = torch.full((padded, HV, V), float("nan"))
-        gated = GatedNorm(z, self.norm_weight, 1e-6, "silu", self.apply_norm) if norm else None
+        gated = GatedNorm(z, self.norm_weight, 1e-6, "silu") if norm else None
         self.core.run(batch_of(metadata, W - 1), wide[:, :DIM], a, b, self.parameters, out, gated)
+        assert not out[padded - step.pad_tokens :].any(), "rows of padding tokens must be zero, whatever they held"
         for row, place in places:
             request, start = row.request, row.request.done
             want = self.truth_of(request, start + row.count)[0][start:]
@@ -92,9 +93,6 @@ class World:
         window = self.parameters.conv_state[request.rows[0], :, last : last + W - 1]
         assert torch.equal(window, history)
 
-    def apply_norm(self, x: Tensor, z: Tensor) -> None:
-        x.copy_(self.normalised(x, z))
-
     def normalised(self, x: Tensor, z: Tensor) -> Tensor:
         y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.norm_weight
         return y * torch.nn.functional.silu(z)
@@ -103,11 +101,10 @@ class World:
 @pytest.fixture(params=BACKENDS)
 def world(request: pytest.FixtureRequest) -> World:
     generator = torch.Generator().manual_seed(7)
-    shape = Shape("float32", "float32", HK, HV, K, V, W, spec_tokens=SPEC, checkpoints=True)
-    problems = shape.problems()
-    if request.param == "cpu":
-        pytest.importorskip("gdn_plugin.ops.cpu.prefill", reason="the cpu backend is not in this build")
-    selection = select(probe("cpu"), problems, dict.fromkeys(("prefill", "decode", "verify"), request.param))
+    shape = Shape(
+        "float32", "float32", HK, HV, K, V, W, spec_tokens=SPEC, checkpoints=True, null_index=0, padding="scratch"
+    )
+    selection = select(probe("cpu"), shape.problems(), dict.fromkeys(PHASES, request.param))
     width = W - 1 + SPEC - 1
     conv_size, state_size = DIM * width, HV * V * K
     pages = torch.full((ROWS, conv_size + state_size + 96), float("nan"))
@@ -149,9 +146,28 @@ def test_the_norm_goes_with_every_part(world: World) -> None:
     world.step(Step([Row(one, 1), Row(two, 1), Row(three, 1)]), norm=True)
 
 
+@pytest.mark.parametrize(
+    ("length", "drafts"), [(length, drafts) for length in (1, 2, 3) for drafts in range(SPEC + 1 - length)]
+)
+def test_a_prompt_with_drafts_behind_it_starts_from_nothing(world: World, length: int, drafts: int) -> None:
+    """The host makes a speculative row of a short prompt that joins a running batch; its rows hold anything."""
+    old = world.request([1, 2, 3, 4], 60)
+    world.step(Step([Row(old, 5)]))
+    for rows in ([5, 6, 7, 8], [9, 10, 11, 12]):  # rows of nobody, and then rows that another request leaves behind
+        for pools in (world.parameters.state, world.parameters.conv_state):
+            pools[rows] = float("nan")
+        new = world.request(rows, 30)
+        world.step(Step([Row(old, 2, 2), Row(new, length, drafts)]), norm=True)
+        world.step(Step([Row(old, 1, 3), Row(new, 3, 1)]), norm=True)
+        again = world.request(rows, 30)
+        beside = world.request([13], 20)
+        world.step(Step([Row(old, 2, 0), Row(again, length, drafts), Row(beside, 9)]), norm=True)
+        world.step(Step([Row(old, 2, 0), Row(again, 2, 2)], pad_requests=1), norm=True)
+
+
 def test_padding_rows_touch_nothing(world: World) -> None:
     one, two = world.request([6], 30), world.request([8], 30)
-    world.step(Step([Row(one, 5), Row(two, 6)]))
+    world.step(Step([Row(one, 5), Row(two, 6)], pad_tokens=2))
     used = torch.zeros(ROWS, dtype=torch.bool)
     used[[6, 8]] = True
     before = world.pages[~used].clone()
@@ -180,7 +196,7 @@ def test_padded_decodes_leave_real_rows_as_they_are(world: World, size: int) -> 
         step = Step([Row(request, 1) for request in requests], pad_requests=padding, pad_tokens=padding)
         n = count + padding
         out = torch.zeros(n, HV, V)
-        gated = GatedNorm(z[:n].unflatten(1, (HV, V)), world.norm_weight, 1e-6, "silu", world.apply_norm)
+        gated = GatedNorm(z[:n].unflatten(1, (HV, V)), world.norm_weight, 1e-6, "silu")
         batch = batch_of(build_metadata(step, SPEC), W - 1)
         world.core.run(batch, x[:n], a[:n], b[:n], world.parameters, out, gated)
         return out[:count], world.pages.clone()
@@ -219,7 +235,7 @@ def test_speculative_padding(world: World) -> None:
     one = world.request([1, 2, 3, 4], 60)
     world.step(Step([Row(one, 5)]))
     before = world.pages[5:].clone()
-    world.step(Step([Row(one, 3, 1)], pad_requests=2))
+    world.step(Step([Row(one, 3, 1)], pad_requests=2, pad_tokens=4), norm=True)
     assert torch.equal(bits(world.pages[5:]), bits(before))
     assert torch.isnan(world.pages[0]).all()
 

@@ -11,7 +11,7 @@ import pytest
 
 COUNT = """
 import resource, torch
-from gdn_plugin.hosts.vllm.cpu_memory import keep_freed_memory
+from gdn_plugin.hosts.vllm.patches.freed_memory import keep_freed_memory
 
 def faults():
     for turn in range(6):  # the first turns are malloc's own learning

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -107,8 +109,20 @@ def pair(request: pytest.FixtureRequest, vllm_config: Any) -> tuple[Any, torch.n
             mine.copy_(theirs)
         for linear in (layer.in_proj_qkvz, layer.in_proj_ba, layer.out_proj):
             linear.quant_method.process_weights_after_loading(linear)
-    layer.kv_cache = tuple(layer._spare_pools(6, torch.device("cpu")))
+    layer.kv_cache = spare_pools(layer, 6)
     return layer, module
+
+
+def spare_pools(layer: Any, rows: int) -> tuple[torch.Tensor, ...]:
+    """Pools as the host binds them: several states to a page."""
+    pairs = list(zip(layer.get_state_shape(), layer.get_state_dtype(), strict=True))
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in pairs]
+    pages = torch.zeros(rows, (sum(sizes) // 4096 + 2) * 4096, dtype=torch.int8)
+    starts = [0, *itertools.accumulate(sizes)]
+    return tuple(
+        pages[:, start : start + size].view(dtype).view(-1, *shape)
+        for (shape, dtype), size, start in zip(pairs, sizes, starts, strict=False)
+    )
 
 
 @contextlib.contextmanager
@@ -205,14 +219,34 @@ def test_a_layer_the_ops_cannot_serve_is_left_to_the_host(vllm_config: Any, monk
     assert all(layer._forward_method == layer.forward_cpu for layer in layers)
 
 
-def test_a_float16_state_is_left_to_the_host(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """--mamba-ssm-cache-dtype float16: vLLM has it, the ops refuse it at the first forward."""
+def test_a_float16_state_is_served(vllm_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--mamba-ssm-cache-dtype float16"""
     from gdn_plugin.hosts.vllm.layer import GdnPluginAttention
 
     monkeypatch.setattr(vllm_config.cache_config, "mamba_ssm_cache_dtype", "float16")
     layer = GdnPluginAttention(transformers_module(True)[0], vllm_config, "model.layers.12.float16")
     assert layer.get_state_dtype()[1] is torch.float16
-    assert layer._forward_method == layer.forward_cpu
+    assert layer._gdn_core.shape.state_dtype == "float16"
+    assert layer._forward_method == layer._forward_plugin
+
+
+def test_updates_in_place_reach_the_convolution(vllm_config: Any, pair: tuple[Any, Any]) -> None:
+    """Where the host repacks conv1d.weight (CPUs with bf16 instructions) it keeps a copy that no trainer knows of."""
+    layer, _ = pair
+    conv1d = layer.conv1d
+    loaded = conv1d.weight.detach().clone()
+    try:
+        conv1d._cpu_unpacked_conv_weight = loaded.squeeze(1).clone()
+        conv1d.weight.data = torch.zeros_like(loaded).view(-1)  # packed, in some layout of the host's
+        assert torch.equal(layer._gdn_parameters().conv_weight, loaded.squeeze(1))
+        with torch.no_grad():
+            conv1d.weight.mul_(2)
+        assert torch.equal(layer._gdn_parameters().conv_weight, 2 * loaded.squeeze(1))
+        conv1d._cpu_unpacked_conv_weight = loaded.squeeze(1).clone()  # loaded anew, and packed anew
+        assert torch.equal(layer._gdn_parameters().conv_weight, loaded.squeeze(1))
+    finally:
+        conv1d._cpu_unpacked_conv_weight = None
+        conv1d.weight.data = loaded
 
 
 def test_compiled_models_are_kept_apart_from_the_hosts(vllm_config: Any, pair: tuple[Any, Any]) -> None:
@@ -236,8 +270,8 @@ def gdn_ops(run: Any) -> list[str]:
     ("share", "ops"),
     [
         ((1, 1), ["fused_decode"]),
-        ((9, 30), ["conv_prologue", "prefill"]),
-        ((1, 30), ["fused_decode", "conv_prologue", "prefill"]),
+        ((9, 30), ["conv_prologue", "prefill", "gated_norm"]),
+        ((1, 30), ["fused_decode", "conv_prologue", "prefill", "gated_norm"]),
     ],
     ids=["decode", "prefill", "mixed"],
 )
@@ -256,17 +290,25 @@ def test_launches(vllm_config: Any, pair: tuple[Any, Any], share: tuple[int, int
     assert gdn_ops(run) == ops
 
 
-def test_idle_steps_and_the_profile_run_warm_up_once(vllm_config: Any, pair: tuple[Any, Any]) -> None:
+def test_idle_steps_and_the_profile_run_only_warm_up(
+    vllm_config: Any, pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.forward_context import set_forward_context
 
+    from gdn_plugin import ops
+    from gdn_plugin.hosts.vllm import warm_up
+
     layer, _ = pair
-    layer._gdn_warm = False
+    asked: list[str] = []
+    monkeypatch.setattr(warm_up, "_done", set())
+    monkeypatch.setattr(ops, "warm_up", lambda problem, **given: asked.append(problem.op))
     before = [pool.clone() for pool in layer.kv_cache]
     with set_forward_context(None, vllm_config), torch.inference_mode():
-        out = layer(torch.randn(7, SIZES["hidden_size"]))
-    assert layer._gdn_warm and torch.isfinite(out).all()
+        outs = [layer(torch.randn(7, SIZES["hidden_size"])) for _ in range(2)]
+    assert sorted(asked) == sorted(layer._gdn_core.shape.problems())  # once
+    assert not any(out.any() for out in outs)  # nothing that memory held
     for pool, was in zip(layer.kv_cache, before, strict=True):
-        assert torch.equal(pool, was)  # on pools of its own
+        assert torch.equal(pool, was)
 
 
 def test_binding_the_pools_compiles_for_them(

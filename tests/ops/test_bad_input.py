@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import ops
-from tests.support import cases
+from gdn_plugin.ops import cases
+from gdn_plugin.settings import SettingsError
 from tests.support.checks import bits
+from tests.support.public import supported
 
 OP_CASES = {
     "conv_prologue": lambda: cases.conv_prologue_case(
@@ -23,10 +25,11 @@ OP_CASES = {
     "decode": lambda: cases.decode_case(3),
     "fused_decode": lambda: cases.fused_decode_case(3),
     "verify": lambda: cases.verify_case((2, 3), slots=3, start_rows=True),
+    "gated_norm": lambda: cases.gated_norm_case(3),
 }
 # Arguments whose strides are free in every dim, or in all but the last.
 ANY_STRIDE = {"conv_weight", "state_indices", "g", "beta"}
-LAST_DENSE = {"mixed_qkv", "q", "k", "v", "a", "b", "z"}
+LAST_DENSE = {"x", "mixed_qkv", "q", "k", "v", "a", "b", "z"}
 
 
 def arguments(op):
@@ -94,17 +97,20 @@ def table():
 # S of state_indices [B, S] is verify's to choose; a longer prefill pool of checkpoints is just a longer pool.
 FREE_SIZES = {("verify", "state_indices", 1)}
 SCALARS = [
-    *[(op, "null_index", bad) for op in OP_CASES for bad in (-2, 1.0, None, True)],
+    *[(op, "null_index", bad) for op in OP_CASES if op != "gated_norm" for bad in (-2, 1.0, None, True)],
     *[(op, "backend", bad) for op in OP_CASES for bad in (3, b"torch")],
     *[(op, n, bad) for op in ("conv_prologue", "fused_decode") for bad in (0, -1, 3, 2.0, None)
       for n in ("num_k_heads", "head_k_dim", "head_v_dim")],
-    *[(op, "scale", bad) for op in OP_CASES if op != "conv_prologue" for bad in ("1", float("nan"), True)],
+    *[(op, "scale", bad) for op in ("prefill", "decode", "fused_decode", "verify")
+      for bad in ("1", float("nan"), True)],
+    *[(op, "padding", bad) for op in ("prefill", "decode", "verify") for bad in ("", None, "all")],
     *[(op, "use_qk_l2norm", bad) for op in ("prefill", "decode", "verify") for bad in (1, None)],
     *[(op, "exp_gate", bad) for op in ("conv_prologue", "prefill") for bad in (1, None)],
     *[("prefill", "max_seqlen", bad) for bad in (-1, 1.5, None)],
     *[("prefill", "checkpoint_every", bad) for bad in (0, -64, 63, 96, 64.0, None)],
     *[("fused_decode", "norm_eps", bad) for bad in (-1e-6, "0", None, float("nan"))],
-    *[("fused_decode", "gate", bad) for bad in ("relu", None, "SILU")],
+    *[("gated_norm", "eps", bad) for bad in (-1e-6, "0", None, float("nan"))],
+    *[(op, "gate", bad) for op in ("fused_decode", "gated_norm") for bad in ("relu", None, "SILU")],
 ]  # fmt: skip
 MISSING = [
     ("prefill", {"checkpoints": None}, "checkpoints"),
@@ -112,6 +118,7 @@ MISSING = [
     ("prefill", {"checkpoints": None, "checkpoint_cu_starts": None}, "checkpoint_every"),
     ("fused_decode", {"z": None}, "z"),
     ("fused_decode", {"norm_weight": None}, "norm_weight"),
+    ("prefill", {"padding": "scratch", "null_index": -1}, "null_index"),
 ]
 # By op, tensors that may be None.
 OPTIONAL = {
@@ -120,6 +127,7 @@ OPTIONAL = {
     "decode": {"out"},
     "fused_decode": {"conv_bias", "z", "norm_weight", "out"},
     "verify": {"start_rows", "out"},
+    "gated_norm": {"out"},
 }
 REQUIRED = [
     (op, name) for op in OP_CASES for name, x in arguments(op).items()
@@ -177,6 +185,28 @@ def test_pools_that_overlap_themselves():
     refused("fused_decode", values | {"conv_state": overlapping}, "conv_state")
 
 
+@pytest.mark.parametrize("heads", [cases.Heads(1, 1, 16, 8), cases.Heads(1, 2, 16, 1), cases.Heads(2, 2, 1, 8)])
+@pytest.mark.parametrize("name", ["torch", "cpu"])
+def test_a_dim_of_one_element_may_have_any_stride(heads, name):
+    if name not in supported("decode"):
+        pytest.skip("the cpu backend cannot run here")
+    case = cases.decode_case(3, heads)
+    state = case.pools["state"].view
+    odd = [999 if size == 1 else stride for size, stride in zip(state.shape, state.stride(), strict=True)]
+    results = []
+    for strides in (state.stride(), odd):
+        own = case.pools["state"].clone().view.as_strided(state.shape, strides, state.storage_offset())
+        results.append((ops.decode(**case.args, state=own, backend=name), own))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(bits(results[0][1].contiguous()), bits(results[1][1].contiguous()))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 0), (3, 0, 8)])
+def test_a_norm_of_nothing(shape):
+    x = torch.zeros(shape)
+    refused("gated_norm", {"x": x, "z": x, "weight": torch.zeros(shape[2])}, "x")
+
+
 def test_the_arguments_are_good_to_begin_with():
     """Else every test above would pass for the wrong reason."""
     for op in OP_CASES:
@@ -199,6 +229,12 @@ BAD_VALUES = [
     ("verify", "start_rows", lambda x: x.fill_(99), "start_rows: expected rows below N"),
     ("verify", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 0, 5])), "at most"),
 ]
+BROKEN_PROMISES = [
+    ("prefill", "none", lambda values: values["state_indices"].fill_(-1), "no padding"),
+    ("prefill", "none", lambda values: values["cu_seqlens"].copy_(torch.tensor([0, 65, 128])), "past cu_seqlens"),
+    ("decode", "none", lambda values: values["state_indices"].copy_(torch.tensor([1, -1, 2])), "no padding"),
+    ("decode", "scratch", lambda values: values["state_indices"].copy_(torch.tensor([1, -1, 2])), "row 0 for padding"),
+]
 
 
 @pytest.mark.parametrize(("op", "name", "spoil", "message"), BAD_VALUES, ids=lambda x: x if isinstance(x, str) else "")
@@ -213,3 +249,33 @@ def test_values_are_checked_under_debug(op, name, spoil, message, monkeypatch):
         values["start_rows"] = None  # where it is given, they are not read
     with pytest.raises(ValueError, match=message):
         getattr(ops, op)(**values, backend="torch")
+
+
+@pytest.mark.parametrize(
+    ("op", "padding", "spoil", "message"), BROKEN_PROMISES, ids=lambda x: x if isinstance(x, str) else ""
+)
+def test_promises_are_checked_under_debug(op, padding, spoil, message, monkeypatch):
+    monkeypatch.setenv("GDN_PLUGIN_DEBUG", "1")
+    values = arguments(op) | {"padding": padding, "null_index": 0 if padding == "scratch" else -1}
+    spoil(values)
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, op)(**values, backend="torch")
+
+
+def test_a_wrong_setting_is_the_same_error_in_every_op(monkeypatch):
+    monkeypatch.setenv("GDN_PLUGIN_DEBUG", "true")
+    for op in OP_CASES:
+        with pytest.raises(SettingsError, match=r"GDN_PLUGIN_DEBUG='true' is not valid; choose one of: 0, 1"):
+            getattr(ops, op)(**arguments(op), backend="torch")
+
+
+def test_wrong_calls_are_pythons_own_errors():
+    values = arguments("decode")
+    with pytest.raises(TypeError, match="missing a required argument: 'state'"):
+        ops.decode(**{n: x for n, x in values.items() if n != "state"})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sate'"):
+        ops.decode(**values, sate=None)
+    with pytest.raises(TypeError, match="multiple values for argument 'q'"):
+        ops.decode(values["q"], **values)
+    with pytest.raises(TypeError, match="too many positional"):
+        ops.decode(*values.values(), 1, 2, 3)

@@ -1,4 +1,4 @@
-"""decode, fused_decode and verify against the float64 reference."""
+"""decode, fused_decode and verify beside the contract (tests/contract): other layouts, blocks, any shape, one state."""
 
 from __future__ import annotations
 
@@ -7,57 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdn_plugin.ops import eager
-from tests.support.cases import Heads, decode_case, fused_decode_case, verify_case
+from gdn_plugin.backends.torch import recurrent as eager
+from gdn_plugin.ops.cases import Heads, decode_case, fused_decode_case, verify_case
 from tests.support.checks import check
 from tests.support.public import public
 
 HALF = torch.float16
 BF16 = torch.bfloat16
-DECODE = {
-    "one": {"batch": 1},
-    "strided": {"gap": 3, "index_stride": 2},
-    "padding": {"padding": (0, 3)},
-    "null block 0": {"padding": (1,), "null_index": 0},
-    "only padding": {"padding": (0, 1, 2, 3, 4)},
-    "ratio 1": {"heads": Heads(3, 3, 24, 8)},
-    "ratio 3": {"heads": Heads(1, 3, 8, 24)},
-    "ratio 8": {"heads": Heads(2, 16, 8, 8)},
-    "bf16": {"io_dtype": BF16, "gap": 2},
-    "bf16, bf16 state": {"io_dtype": BF16, "state_dtype": BF16},
-    "fp16, fp32 gates": {"io_dtype": HALF, "gate_dtype": torch.float32},
-}
-FUSED = DECODE | {
-    "SD layout": {"layout": "SD", "extra_columns": 2},
-    "fp32 conv state": {"io_dtype": BF16, "conv_dtype": torch.float32},
-    "sigmoid gate": {"gate": "sigmoid", "io_dtype": BF16},
-    "no norm, no bias": {"norm": False, "bias": False},
-    "width 2": {"width": 2, "padding": (0,)},
-    "width 3": {"width": 3, "layout": "SD"},
-}
-VERIFY = {
-    "default": {},
-    "one slot": {"lens": (1, 1), "slots": 1},
-    "all accepted": {"lens": (3, 2), "accepted": (4, 4)},
-    "empty and padding": {"lens": (3, 0, 2), "padding": (2,)},
-    "null block 0": {"lens": (3, 2), "padding": (0,), "null_index": 0, "pad_tokens": 3},
-    "only padding": {"lens": (3, 2), "padding": (0, 1)},
-    "start rows": {"start_rows": True, "padding": (2,)},
-    "strided": {"gap": 3, "index_stride": 3},
-    "ratio 8": {"heads": Heads(2, 16, 8, 8)},
-    "ratio 3, K < V": {"heads": Heads(1, 3, 8, 24), "offsets_dtype": torch.int64},
-    "bf16, bf16 state": {"io_dtype": BF16, "state_dtype": BF16},
-    "fp16, no norm": {"io_dtype": HALF, "use_qk_l2norm": False},
-}
-OPS = {"decode": (decode_case, DECODE), "fused_decode": (fused_decode_case, FUSED), "verify": (verify_case, VERIFY)}
-TABLE = [(op, name) for op, (_, cases) in OPS.items() for name in cases]
-
-
-@pytest.mark.parametrize("zero_padding", [True, False], ids=["returning", "out"])
-@pytest.mark.parametrize(("op", "name"), TABLE, ids=lambda x: x)
-def test_cases(backend, op, name, zero_padding):
-    build, cases = OPS[op]
-    check(public(op, backend), build(**cases[name]), zero_padding=zero_padding)
+OPS = {"decode": decode_case, "fused_decode": fused_decode_case, "verify": verify_case}
 
 
 def heads_first(x):
@@ -69,8 +26,7 @@ def heads_first(x):
 @pytest.mark.parametrize("op", ["decode", "verify"])
 def test_heads_first(backend, op, names):
     """Only the last stride of q, k and v is fixed."""
-    build, _ = OPS[op]
-    case = build()
+    case = OPS[op]()
     for name in names:
         case.args[name] = heads_first(case.args[name])
     check(public(op, backend), case)
@@ -80,9 +36,8 @@ def test_heads_first(backend, op, names):
 def test_blocks_of_the_batch(op, monkeypatch):
     """A batch larger than one gathered block, blocks without a live sequence included."""
     monkeypatch.setattr(eager, "_BLOCK", 2 * Heads().v_heads * Heads().v_dim * Heads().k_dim)
-    build, _ = OPS[op]
     size = {"lens": (2, 1, 4, 3, 1, 2, 1)} if op == "verify" else {"batch": 7}
-    check(getattr(eager, op), build(**size, padding=(2, 3, 6)))
+    check(getattr(eager, op), OPS[op](**size, padding=(2, 3, 6)))
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -104,7 +59,7 @@ def test_verify_any_shape(lens, ratio, dims, io_dtype, data):
 def test_decode_continues_prefill(backend):
     """One more token by decode equals a prefill that is one token longer: the phases share one state layout."""
     from gdn_plugin import ops
-    from tests.support.cases import prefill_case
+    from gdn_plugin.ops.cases import prefill_case
     from tests.support.checks import assert_close
     from tests.tolerances import tolerance
 

@@ -1,17 +1,28 @@
-"""Which backend a call goes to, and the hooks of backends."""
+"""Which backend a call goes to, what of the call decides, and warm-up."""
 
 from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 from gdn_plugin import ops
-from gdn_plugin.ops import dispatch
-from gdn_plugin.registry import Backend, BackendLoadError, NoBackendError, Problem, probe, select
-from tests.support import cases
+from gdn_plugin.ops import cases, dispatch
+from gdn_plugin.ops.record import OPS as RECORDS
+from gdn_plugin.registry import (
+    Backend,
+    BackendLoadError,
+    BackendOp,
+    NoBackendError,
+    Problem,
+    SettingsError,
+    Variant,
+    probe,
+    select,
+)
 
 PROBLEM = Problem("decode", "float32", "float32", 2, 4, 16, 8)
 
@@ -29,19 +40,21 @@ def clean(monkeypatch):
 def used(monkeypatch):
     """Names of the backends that calls went to."""
     names = []
-    original = dispatch.function
+    original = dispatch.backend_op
 
     def spy(op, backend):
         names.append(backend)
         return original(op, "torch")
 
-    monkeypatch.setattr("gdn_plugin.ops.library.function", spy)
+    monkeypatch.setattr(
+        "gdn_plugin.ops.library.dispatch", types.SimpleNamespace(backend_op=spy, for_call=dispatch.for_call)
+    )
     return names
 
 
 def decode(**kw):
     case = cases.decode_case(2)
-    return ops.decode(**case.args, state=case.pools["state"].view, **kw)
+    return ops.decode(**case.args | {"state": case.pools["state"].view} | kw)
 
 
 def prologue(**kw):
@@ -106,49 +119,90 @@ def test_auto_never_takes_the_reference(used):
 
 
 def test_auto_passes_over_a_backend_that_cannot_be_imported(monkeypatch, caplog):
-    broken = Backend("broken", "gdn_plugin.ops.nothing_here:decode")
+    broken = Backend("broken", "gdn_plugin.ops.nothing_here:DECODE")
     table = (broken, *dispatch.rows("decode"))
-    monkeypatch.setattr("gdn_plugin.registry.choice.rows", lambda op: table)
+    for module in ("registry.choice", "registry.selection", "ops.dispatch"):
+        monkeypatch.setattr(f"gdn_plugin.{module}.rows", lambda op: table)
     monkeypatch.setattr("gdn_plugin.registry.choice.in_build", lambda target: True)
-    monkeypatch.setattr(dispatch, "rows", lambda op: table)
-    assert dispatch.resolve("decode", None, torch.zeros(1), None, (2, 4, 16, 8)) != "broken"
+    assert ops.resolve({"decode": PROBLEM}, {}, "cpu")["decode"].name != "broken"
     assert "broken" in caplog.text
-    with pytest.raises(BackendLoadError, match="broken"):
-        dispatch.resolve("decode", "broken", torch.zeros(1), None, (2, 4, 16, 8))
+    for call in (
+        lambda: ops.resolve({"decode": PROBLEM}, {"decode": "broken"}, "cpu"),
+        lambda: decode(backend="broken"),
+    ):
+        with pytest.raises(BackendLoadError, match="broken"):
+            call()
+
+
+def test_auto_passes_over_a_backend_that_cannot_be_built(monkeypatch, made_up, caplog):
+    """With the self-check off too: a compiler that fails must not take the host down."""
+    monkeypatch.setenv("GDN_PLUGIN_SELF_CHECK", "0")
+
+    def fail():
+        raise RuntimeError("no compiler")
+
+    made_up.compile = fail
+    assert ops.resolve({"decode": PROBLEM}, {}, "cpu")["decode"].name != "made_up"
+    assert "no compiler" in caplog.text
+    with pytest.raises(RuntimeError, match="no compiler"):
+        ops.resolve({"decode": PROBLEM}, {"decode": "made_up"}, "cpu")
+
+
+def test_auto_passes_over_a_backend_that_was_checked_before_and_cannot_be_built_now(monkeypatch, made_up, caplog):
+    """An earlier process has seen it pass; since then its library is gone, or the compiler is told other flags."""
+    monkeypatch.setattr(dispatch.selfcheck, "_checked", lambda *facts: None)
+
+    def fail():
+        raise RuntimeError("no compiler")
+
+    made_up.compile = fail
+    assert ops.resolve({"decode": PROBLEM}, {}, "cpu")["decode"].name != "made_up"
+    assert "no compiler" in caplog.text
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu")])
+def test_a_device_is_as_good_as_its_type(device):
+    assert ops.resolve({"decode": PROBLEM}, {}, device).platform == probe("cpu")
+    assert ops.warm_up(PROBLEM, "torch", device=device) == "torch"
 
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """A backend `made_up` for decode with both hooks."""
+    """A backend `made_up` for decode, ranked first, with variants; it runs what torch runs."""
     module = types.ModuleType("made_up_backend")
-    module.warmed = []
-    module.decode = lambda *args: None
-    module.compile_count = lambda: len(module.warmed)
-    module.warm_up = module.warmed.append
-    module.warm_up_pool = lambda problem, pool: module.warmed.append((problem, pool))
+    module.compiled = []
+    module.compile = lambda: None
+
+    def variants(platform, problem, pool=None):
+        def ready():
+            module.compile()
+            module.compiled.append((problem.op, None if pool is None else tuple(pool.shape)))
+
+        yield Variant("one", ready)
+
+    def run(**arguments):
+        dispatch.backend_op("decode", "torch").run(**arguments)
+
+    module.DECODE = BackendOp(run, variants, lambda: len(module.compiled))
     monkeypatch.setitem(sys.modules, "made_up_backend", module)
-    row = Backend("made_up", "made_up_backend:decode")
-    monkeypatch.setattr(dispatch, "rows", lambda op: (row,))
-    monkeypatch.setattr(
-        dispatch,
-        "choose",
-        lambda *args, excluded: types.SimpleNamespace(name="made_up", backend=row, request="made_up"),
-    )
-    yield module
-    dispatch._modules.pop("made_up_backend", None)
+    row = Backend("made_up", "made_up_backend:DECODE")
+    table = (row, *dispatch.rows("decode"))
+    for place in ("registry.choice", "registry.selection", "ops.dispatch"):
+        monkeypatch.setattr(f"gdn_plugin.{place}.rows", lambda op: table)
+    return module
 
 
 def test_warm_up_and_compile_count(made_up):
+    dispatch.backend_op("decode", "made_up")
     before = ops.compile_count()
     assert ops.warm_up(PROBLEM, "made_up") == "made_up"
-    assert made_up.warmed == [PROBLEM]
+    assert made_up.compiled == [("decode", None)]
     assert ops.compile_count() == before + 1
 
 
-def test_warm_up_with_a_pool_is_a_hook_of_its_own(made_up):
-    pool = torch.zeros(1)
-    assert ops.warm_up(PROBLEM, "made_up", pool=pool) == "made_up"
-    assert made_up.warmed == [(PROBLEM, pool)]
+def test_warm_up_with_a_pool_compiles_for_the_pool(made_up):
+    assert ops.warm_up(PROBLEM, "made_up", pool=torch.zeros(3)) == "made_up"
+    assert made_up.compiled == [("decode", (3,))]
 
 
 def test_warm_up_of_a_backend_without_kernels():
@@ -164,13 +218,98 @@ def test_a_second_call_is_a_dictionary_lookup(monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("chosen or loaded a second time")
 
-    for name in ("choose", "select", "load", "probe", "rows"):
+    for name in ("choose", "select", "load", "probe", "rows", "resolve"):
         monkeypatch.setattr(dispatch, name, fail)
     with ops.use({"decode": "torch"}):
         decode()
 
 
 def test_another_device_type_is_another_choice():
-    metadata = ("decode", "float32", "float32", 2, 4, 16, 8)
-    assert dispatch._resolve("cpu", "", metadata) in ("cpu", "torch")
-    assert dispatch._resolve("meta", "", metadata) == "torch"
+    facts = ("decode", "float32", "float32", 2, 4, 16, 8)
+    assert dispatch._for_call("cpu", "", facts) in ("cpu", "torch")
+    assert dispatch._for_call("meta", "torch", facts) == "torch"
+
+
+def test_a_wrong_variable_is_the_first_callers_error(monkeypatch):
+    monkeypatch.setenv("GDN_PLUGIN_BAKEND", "torch")
+    for call in (
+        decode,
+        lambda: decode(backend="torch"),
+        lambda: ops.resolve({"decode": PROBLEM}, {"decode": "torch"}, "cpu"),
+        lambda: ops.warm_up(PROBLEM, "torch"),
+    ):
+        with pytest.raises(SettingsError, match=r"GDN_PLUGIN_BAKEND is not a setting.*you mean 'GDN_PLUGIN_BACKEND'"):
+            call()
+
+
+class TestFacts:
+    """What of a call becomes a fact of its Problem."""
+
+    def problem(self, case, **changed):
+        record = RECORDS[case.op]
+        given = case.arguments() | changed
+        given = {name: x for name, x in given.items() if name in record.names}
+        return Problem(*dispatch._facts(record, given, None))
+
+    def test_of_a_plain_call(self):
+        case = cases.decode_case(3, page_tail=0)
+        assert self.problem(case) == PROBLEM
+        assert self.problem(cases.decode_case(3, page_tail=8)) == replace(PROBLEM, padded_pool=True)
+        assert self.problem(cases.gated_norm_case(3)).op == "gated_norm"
+
+    def test_of_padding_dtypes_and_checkpoints(self):
+        case = cases.prefill_case((65,), checkpoint_every=64, checkpoint_dtype=torch.bfloat16, promise="none")
+        found = self.problem(case)
+        assert (found.checkpoints, found.checkpoint_dtype, found.padding) == (True, "bfloat16", "none")
+        half = cases.decode_case(3, io_dtype=torch.bfloat16, gate_dtype=torch.float32, state_dtype=torch.float16)
+        assert (self.problem(half).gate_dtype, self.problem(half).state_dtype) == ("float32", "float16")
+
+    @pytest.mark.parametrize(
+        ("lens", "promise", "ragged"),
+        [((3, 3), "none", False), ((3, 2), "none", True), ((3, 3), "any", True), ((3, 3), "scratch", True)],
+    )
+    def test_verify_is_even_only_where_that_is_certain(self, lens, promise, ragged):
+        assert self.problem(cases.verify_case(lens, slots=3, promise=promise)).ragged is ragged
+
+    def test_of_layouts_off_the_cpu(self):
+        case = cases.prefill_case((65,), device="meta", page_tail=64)
+        assert not self.problem(case).strided and not self.problem(case).unaligned
+        assert self.problem(cases.prefill_case((65,), device="meta", gap=64, page_tail=64)).strided
+        odd = torch.empty(65 * 2 * 16 + 1, device="meta")[1:].view(65, 2, 16)
+        assert self.problem(case, q=odd).unaligned
+        assert self.problem(cases.prefill_case((65,), device="meta", page_tail=3)).unaligned
+
+
+def test_a_backend_that_lacks_an_argument_serves_calls_that_do_not_ask_for_it(made_up, monkeypatch):
+    """As a third party's does that was written before the argument was."""
+    seen = {}
+
+    def run(q, k, v, a, b, A_log, dt_bias, state, state_indices, scale, out, zero_padding):
+        given = locals()
+        seen.update({name: given[name] for name in ("state", "out")})
+
+    made_up.DECODE = BackendOp(run)
+    monkeypatch.setenv("GDN_PLUGIN_SELF_CHECK", "0")  # it computes nothing
+    call = {"use_qk_l2norm": True, "padding": "none", "backend": "made_up"}
+    decode(**call)
+    assert "state" in seen
+    with pytest.raises(ValueError, match="use_qk_l2norm: expected True, which is all that 'made_up' knows, got False"):
+        decode(**call | {"use_qk_l2norm": False})
+
+
+def test_a_backend_need_not_know_what_depends_on_the_call(made_up, monkeypatch):
+    """zero_padding: its returning op zeroes in front of it. scale: None and K^-0.5 are one."""
+    wanted = dispatch.backend_op("decode", "torch").run
+
+    def run(q, k, v, a, b, A_log, dt_bias, state, state_indices, use_qk_l2norm, null_index, out):
+        given = locals()
+        wanted(**{n: given[n] for n in given if n != "wanted"}, scale=16**-0.5, padding="any", zero_padding=False)
+
+    made_up.DECODE = BackendOp(run)
+    case = cases.decode_case(3, padding=(1,))
+    got, want = (
+        ops.decode(**case.args, state=case.pools["state"].clone().view, backend=name) for name in ("made_up", "torch")
+    )
+    assert torch.equal(got, want) and not got[1].any()
+    with pytest.raises(ValueError, match=r"scale: expected 0\.25, which is all that 'made_up' knows, got 0\.5"):
+        decode(backend="made_up", scale=0.5)

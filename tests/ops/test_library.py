@@ -7,8 +7,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gdn_plugin import ops
-from gdn_plugin.ops import chunked, eager, library
-from tests.support import cases
+from gdn_plugin.backends.torch import prefill as chunked
+from gdn_plugin.ops import cases, dispatch, library
+from gdn_plugin.ops.record import OPS as RECORDS
+from gdn_plugin.registry import OPS
 from tests.support.memory import assert_reads_no_values
 from tests.support.public import op_args
 
@@ -18,13 +20,16 @@ BUILD = {
     "decode": lambda **kw: cases.decode_case(3, gap=3, **kw),
     "fused_decode": lambda **kw: cases.fused_decode_case(3, gap=3, **kw),
     "verify": lambda **kw: cases.verify_case((2, 0, 3), gap=3, **kw),
+    "gated_norm": lambda **kw: cases.gated_norm_case(3, gap=3, **kw),
 }
+WITH_STATE = [op for op in BUILD if op != "gated_norm"]
 MUTATED = {
     "conv_prologue": {"conv_state", "state"},
     "prefill": {"state", "checkpoints"},
     "decode": {"state"},
     "fused_decode": {"conv_state", "state"},
     "verify": {"state"},
+    "gated_norm": set(),
 }
 
 
@@ -77,6 +82,7 @@ def test_no_tokens(op):
         "decode": lambda: cases.decode_case(0),
         "fused_decode": lambda: cases.fused_decode_case(0),
         "verify": lambda: cases.verify_case((0, 0)),
+        "gated_norm": lambda: cases.gated_norm_case(0),
     }
     case = builds[op]()
     pools = {n: p.clone() for n, p in case.pools.items()}
@@ -84,7 +90,7 @@ def test_no_tokens(op):
     first = result[0] if isinstance(result, tuple) else result
     assert first.shape == next(iter(case.outputs.values()))[0]
     for name, pool in pools.items():
-        assert torch.equal(pool.base.view(torch.int32), case.pools[name].base.view(torch.int32)), name
+        assert torch.equal(pool.base, case.pools[name].base), name
 
 
 @pytest.mark.parametrize("op", ["conv_prologue", "prefill", "verify"])
@@ -107,15 +113,13 @@ def test_no_sequences_but_padding_tokens(op):
 @pytest.mark.parametrize("op", BUILD)
 def test_torch_backend_reads_no_values(op):
     """On a GPU, reading a value is a synchronisation, and a capture would fail. Run here on CPU tensors."""
-    case = BUILD[op](padding=(0,))
-    pools = {n: p.clone().view for n, p in case.pools.items()}
-    outputs = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in case.outputs.items()}
-    args = case.args | pools | outputs | ({} if op == "conv_prologue" else {"zero_padding": True})
+    args = (BUILD[op](padding=(0,)) if op in WITH_STATE else BUILD[op]()).arguments(zero_padding=True)
     if op == "prefill":
-        args.pop("max_seqlen")
+        for unread in ("max_seqlen", "padding"):
+            args.pop(unread)
         assert_reads_no_values(lambda: chunked._prefill_device(**args))
     else:
-        assert_reads_no_values(lambda: getattr(eager, op)(**args))
+        assert_reads_no_values(lambda: dispatch.backend_op(op, "torch").run(**args))
 
 
 def test_the_detector_of_value_reads_can_fail():
@@ -126,7 +130,7 @@ def test_the_detector_of_value_reads_can_fail():
 
 
 def test_one_implementation_for_every_device():
-    for name in library.SCHEMAS:
+    for name in (form for op in OPS for form in (op, f"{op}_out")):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gdn::{name}", "CompositeExplicitAutograd")
 
 
@@ -144,3 +148,27 @@ def test_nothing_is_recorded_for_autograd(op, variant, backend):
     for argument, value in zip(schema.arguments, args, strict=True):
         if argument.alias_info is not None and isinstance(value, torch.Tensor):
             assert not value.requires_grad, argument.name
+
+
+class TestTheRecord:
+    """What the record says is what the op is; a signature that says something else does not import."""
+
+    def test_a_default_that_differs(self):
+        with pytest.raises(TypeError, match=r"gdn\.gated_norm: record and signature differ.*eps"):
+
+            @library.public(RECORDS["gated_norm"])
+            def gated_norm(x, z, weight, *, eps=1e-5, gate="silu", out=None, backend=None):
+                pass
+
+    def test_an_argument_that_is_missing(self):
+        with pytest.raises(TypeError, match=r"differ.*gate"):
+
+            @library.public(RECORDS["gated_norm"])
+            def gated_norm(x, z, weight, *, eps=1e-6, out=None, backend=None):
+                pass
+
+    def test_schemas_are_derived(self):
+        for name, record in RECORDS.items():
+            for form, out in ((name, False), (f"{name}_out", True)):
+                schema = str(getattr(torch.ops.gdn, form).default._schema)
+                assert schema == f"gdn::{form}{record.schema(out=out)}"

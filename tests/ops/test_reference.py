@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gdn_plugin.ops import reference
-from tests.support import cases
-from tests.support.cases import Heads
+from gdn_plugin.backends.reference import recurrence as reference
+from gdn_plugin.ops import cases
+from gdn_plugin.ops.cases import Heads
 from tests.support.checks import check
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -68,6 +68,6 @@ def test_check_catches_a_wrong_backend():
     def lazy(*, state, out, **rest):
         reference.decode(state=state, out=torch.empty_like(out), **rest)
 
-    for wrong, message in ((off_by_a_bit, "out of"), (stray, "not the op's to write"), (lazy, "not finite")):
+    for wrong, message in ((off_by_a_bit, "out of"), (stray, "that nothing names"), (lazy, "not finite")):
         with pytest.raises(AssertionError, match=message):
             check(wrong, cases.decode_case())

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from gdn_plugin.registry import Backend, BackendLoadError, NoBackendError, Platform, choose, load
+from gdn_plugin.registry import Backend, BackendLoadError, BackendOp, NoBackendError, Platform, choose, load
 from gdn_plugin.registry.checks import needs_sm, never
 
 CPU = Platform.simulated("cpu")
@@ -94,10 +94,13 @@ def test_a_broken_check_speaks_against_its_row_only(problem):
 
 def test_load_gives_the_function_and_says_why_it_cannot(monkeypatch):
     module = ModuleType("gdn_test_backend")
-    module.run = lambda: "ran"
+    module.run = BackendOp(lambda: "ran")
+    module.plain = lambda: "ran"
     monkeypatch.setitem(sys.modules, "gdn_test_backend", module)
-    assert load(Backend("mine", "gdn_test_backend:run"))() == "ran"
-    with pytest.raises(BackendLoadError, match="has no function 'walk'"):
+    assert load(Backend("mine", "gdn_test_backend:run")).run() == "ran"
+    with pytest.raises(BackendLoadError, match="gdn_test_backend:plain is a function, not a BackendOp"):
+        load(Backend("mine", "gdn_test_backend:plain"))
+    with pytest.raises(BackendLoadError, match="has no 'walk'"):
         load(Backend("mine", "gdn_test_backend:walk"))
     with pytest.raises(BackendLoadError, match=r"importing gdn_not_there failed.*pip install it") as caught:
         load(Backend("mine", "gdn_not_there:run", install="pip install it"))

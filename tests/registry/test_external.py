@@ -43,8 +43,25 @@ def test_a_row_may_wait_to_be_asked(third_party, problem):
         ({"prefill": "mine"}, "expected Backend, got str"),
         ({"prefill": Backend("auto", "json:loads")}, "'auto' cannot be a backend's name"),
         ({"prefill": Backend("a,b", "json:loads")}, "'a,b' cannot be a backend's name"),
+        ({"prefill": Backend("a", "json:loads", checks=never("x"))}, "a: checks must be a tuple of functions"),
+        ({"prefill": Backend("a", "json:loads", checks=[never("x")])}, "a: checks must be a tuple of functions"),
+        ({"prefill": Backend("a", "json:loads", notes=("x",))}, "a: notes must be a tuple of functions"),
+        ({"prefill": Backend("a", "json:loads", wants={})}, "a: wants must be Wants(...); got {}"),
+        (SystemExit(3), "SystemExit: 3"),
     ],
-    ids=["raises", "no mapping", "unknown op", "no row", "named auto", "named with a comma"],
+    ids=[
+        "raises",
+        "no mapping",
+        "unknown op",
+        "no row",
+        "named auto",
+        "named with a comma",
+        "one check",
+        "a list",
+        "no functions",
+        "no wants",
+        "exits",
+    ],
 )
 def test_a_broken_package_costs_its_own_rows_only(third_party, problem, caplog, offer, why):
     third_party(broken=offer, mine={"decode": MINE})
@@ -55,6 +72,12 @@ def test_a_broken_package_costs_its_own_rows_only(third_party, problem, caplog, 
     with pytest.raises(NoBackendError) as caught:
         choose(Platform.simulated("cpu"), problem(), "broken")
     assert why in str(caught.value)
+
+
+@pytest.mark.usefixtures("complete_build")
+def test_a_check_that_says_no_sentence_is_broken(third_party, problem):
+    third_party(mine={"prefill": Backend("mine", "json:loads", checks=(lambda platform, problem: False,))})
+    assert "not mine: a check is broken: it says False" in choose(Platform.simulated("cpu"), problem()).describe()
 
 
 def test_a_taken_name_is_left_out_and_reported(third_party):

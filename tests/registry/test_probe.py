@@ -78,6 +78,17 @@ def test_the_compiler_is_cxx_or_one_on_the_path(tmp_path, monkeypatch):
     assert "cpu.cxx_compiler" not in cpu_features()
 
 
+def test_without_a_compiler_a_library_in_the_cache_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("GDN_PLUGIN_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "absent-c++")
+    assert "cpu.library" not in cpu_features()
+    (tmp_path / "cpu").mkdir(mode=0o700)
+    (tmp_path / "cpu" / "gdn_plain_0123.so").touch()
+    assert cpu_features()["cpu.library"] == "yes"
+    monkeypatch.setenv("GDN_PLUGIN_CACHE", str(tmp_path / "cpu" / "gdn_plain_0123.so"))  # not a folder
+    assert "cpu.library" not in cpu_features()
+
+
 def test_the_interpreter_is_a_feature(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "triton.interpreter" in features()

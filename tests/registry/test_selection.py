@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from gdn_plugin.registry import OPS, Backend, NoBackendError, Platform, select
@@ -40,6 +42,7 @@ def test_ops_without_a_setting_follow_their_phase(layer):
         "decode": "reference",
         "fused_decode": "reference",
         "verify": "triton",
+        "gated_norm": "torch",
     }
     assert selection.fuse_decode
 
@@ -98,3 +101,10 @@ def test_third_parties_serve_single_ops(layer, third_party):
     third_party(mine={"verify": Backend("mine", "json:loads")})
     assert select(Platform.simulated("cpu"), layer)["verify"].name == "mine"
     assert select(Platform.simulated("cpu"), layer)["prefill"].name == "cpu"
+
+
+def test_it_copies_and_does_not_change(layer):
+    selection = select(Platform.simulated("sm_100"), layer)
+    assert copy.deepcopy(selection) == selection
+    with pytest.raises(TypeError):
+        selection.choices["prefill"] = selection.choices["decode"]

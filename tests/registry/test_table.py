@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 
+from gdn_plugin.ops.record import OPS as RECORDS
 from gdn_plugin.registry import OPS, Backend, NoBackendError, Platform, choose, judge, load, rows
 from gdn_plugin.registry.backend import in_build
 from gdn_plugin.registry.known_bad import KNOWN_BAD
@@ -16,20 +17,9 @@ NAMES = {
     "decode": ["flashinfer", "triton", "cpu", "torch", "reference"],
     "fused_decode": ["triton", "cpu", "torch", "reference"],
     "verify": ["flashinfer", "triton", "cpu", "torch", "reference"],
+    "gated_norm": ["triton", "cpu", "torch", "reference"],
 }
 
-# What backends take, in order: the registry hands out functions, so it is here that their shape is held.
-ARGUMENTS = {
-    "conv_prologue": "mixed_qkv conv_weight conv_bias conv_state state_indices cu_seqlens has_initial_state "
-    "num_accepted_tokens a b A_log dt_bias state num_k_heads head_k_dim head_v_dim exp_gate null_index q k v g beta",
-    "prefill": "q k v g beta state state_indices cu_seqlens has_initial_state scale use_qk_l2norm exp_gate max_seqlen "
-    "null_index out checkpoints checkpoint_cu_starts checkpoint_every zero_padding",
-    "decode": "q k v a b A_log dt_bias state state_indices scale use_qk_l2norm null_index out zero_padding",
-    "fused_decode": "mixed_qkv conv_weight conv_bias conv_state a b A_log dt_bias state state_indices num_k_heads "
-    "head_k_dim head_v_dim scale z norm_weight norm_eps gate null_index out zero_padding",
-    "verify": "q k v a b A_log dt_bias state state_indices num_accepted_tokens cu_seqlens start_rows scale "
-    "use_qk_l2norm null_index out zero_padding",
-}
 EVERY_ROW = [(op, name) for op, names in NAMES.items() for name in names]
 
 
@@ -47,15 +37,19 @@ def test_rank(op):
 
 
 @pytest.mark.parametrize(("op", "name"), EVERY_ROW, ids=lambda value: value)
-def test_every_row_loads_and_takes_the_contracts_arguments(op, name):
-    function = load(row(op, name))
-    parameters = inspect.signature(function).parameters.values()
-    taken = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert taken == ARGUMENTS[op].split()
+def test_every_row_loads_and_takes_the_records_arguments(op, name):
+    """By keyword, every one of them that is not a hint, and nothing else."""
+    record = RECORDS[op]
+    known = {argument.name for argument in record.arguments} | ({"zero_padding"} if record.pads else set())
+    needed = known - {argument.name for argument in record.inputs if argument.hint}
+    parameters = inspect.signature(load(row(op, name)).run).parameters.values()
+    required = {p.name for p in parameters if p.default is p.empty}
+    assert needed <= {p.name for p in parameters}
+    assert required <= known
 
 
 def test_a_missing_module_is_said_and_not_imported():
-    assert not in_build("gdn_plugin.ops._triton.not_there:run")
+    assert not in_build("gdn_plugin.backends.triton.not_there:run")
     assert not in_build("no_such_package.module:run")
     assert not in_build("json.decoder.deeper:run")
     assert in_build("json.decoder:JSONDecoder")
@@ -102,7 +96,7 @@ class TestFlashInfer:
             ),
             ("sm_100", {}, {"head_k_dim": 64}, "needs K=128, V=128; got K=64, V=128"),
             ("sm_100", {}, {"dtype": "float32"}, "needs dtype bfloat16/float16; got float32"),
-            ("sm_100", {}, {"state_dtype": "float16"}, "needs state dtype float32/bfloat16; got float16"),
+            ("sm_100", {}, {"state_dtype": "float64"}, "needs state dtype float32/bfloat16/float16; got float64"),
             ("sm_80", {}, {}, "needs SM 90/100/103/120, this device is 80"),
             ("cpu", {}, {}, "needs SM 90/100/103/120, this device is cpu"),
             (
@@ -121,7 +115,7 @@ class TestFlashInfer:
             "FlashInfer 0.6.13",
             "K=64",
             "fp32",
-            "fp16 state",
+            "fp64 state",
             "SM 80",
             "CPU",
             "no such function",
@@ -189,7 +183,7 @@ class TestFlashInfer:
         (reason,) = reasons_against_running(Platform.simulated("sm_100"), ragged)
         assert reason.startswith("needs as many tokens of every sequence")
         assert choose(Platform.simulated("sm_100"), ragged).name == "triton"
-        with pytest.raises(NoBackendError, match="its batches are ragged"):
+        with pytest.raises(NoBackendError, match="this batch is ragged"):
             choose(Platform.simulated("sm_100"), ragged, "flashinfer")
 
 
@@ -208,7 +202,7 @@ class TestTriton:
             ("sm_90", {"packages": {"triton": None}}, {}, "needs triton, which is not installed"),
             ("sm_90", {}, {"head_k_dim": 96}, "needs K=64/128/256, V=64/128/256; got K=96, V=128"),
             ("sm_90", {}, {"dtype": "float64"}, "needs dtype bfloat16/float16/float32; got float64"),
-            ("sm_90", {}, {"state_dtype": "float16"}, "needs state dtype float32/bfloat16; got float16"),
+            ("sm_90", {}, {"state_dtype": "float64"}, "needs state dtype float32/bfloat16/float16; got float64"),
             (
                 "cpu",
                 {},
@@ -216,7 +210,7 @@ class TestTriton:
                 "needs SM 80 or newer, this device is cpu (TRITON_INTERPRET=1 would interpret the kernels)",
             ),
         ],
-        ids=["SM 75", "no triton", "K=96", "fp64", "fp16 state", "CPU"],
+        ids=["SM 75", "no triton", "K=96", "fp64", "fp64 state", "CPU"],
     )
     def test_refuses(self, problem, name, simulated, changed, expected):
         assert expected in reasons(Platform.simulated(name, **simulated), problem(**changed), "triton")
@@ -236,6 +230,8 @@ class TestCpu:
         choice = choose(without, problem(op))
         assert choice.name == "torch"
         assert "needs a C++ compiler" in choice.describe()
+        kept = Platform.simulated("cpu", features={"cpu.cxx_compiler": None, "cpu.library": True})
+        assert choose(kept, problem(op)).name == "cpu"
 
     def test_refuses_other_devices_and_processors(self, problem):
         assert "needs a cpu device, this one is cuda" in reasons(Platform.simulated("sm_90"), problem(), "cpu")

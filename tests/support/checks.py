@@ -9,22 +9,21 @@ input changed; a byte around an output buffer changed; padding rows of a returni
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gdn_plugin.ops import reference
-from tests.support.cases import Case, Pool
+from gdn_plugin.backends.reference import recurrence as reference
+from gdn_plugin.ops.cases import Case
 from tests.tolerances import Tolerance, tolerance
 
-GUARD = 3  # rows of NaN before and behind every output buffer
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 class Result(NamedTuple):
     outputs: dict[str, Tensor]
-    pools: dict[str, Pool]
+    pools: dict[str, Tensor]
 
 
 def bits(x: Tensor) -> Tensor:
@@ -54,47 +53,21 @@ def assert_close(name: str, got: Tensor, want: Tensor, tol: Tolerance) -> None:
 
 def run_reference(case: Case) -> Result:
     """The float64 truth, on the CPU."""
-
-    def host(x: Any) -> Any:
-        return x.cpu() if isinstance(x, Tensor) else x
-
-    pools = {n: p.view.detach().cpu().double() for n, p in case.pools.items()}
-    outputs = {n: torch.full(shape, float("nan"), dtype=torch.float64) for n, (shape, _) in case.outputs.items()}
-    args = {n: host(x) for n, x in case.args.items()} | pools | outputs
-    if case.has_zero_padding:
-        args["zero_padding"] = True
+    args = case.precise_arguments(torch.float64)
     getattr(reference, case.op)(**args, compute_dtype=torch.float64)
-    return Result(outputs, {n: Pool(p, p) for n, p in pools.items()})
+    return Result({n: args[n] for n in case.outputs}, {n: args[n] for n in case.pools})
 
 
 def run(function: Callable[..., None], case: Case, *, zero_padding: bool = True) -> Result:
     """Calls a backend function on fresh copies of the pools with outputs full of NaN; checks what must survive."""
-    device = case.live.device if not case.pools else next(iter(case.pools.values())).view.device
-    pools = {n: p.clone() for n, p in case.pools.items()}
-    buffers, outputs = {}, {}
-    for name, (shape, dtype) in case.outputs.items():
-        buffers[name] = torch.full((shape[0] + 2 * GUARD, *shape[1:]), float("nan"), dtype=dtype, device=device)
-        outputs[name] = buffers[name][GUARD : GUARD + shape[0]]
-    args = dict(case.args) | {n: p.view for n, p in pools.items()} | outputs
-    if case.has_zero_padding:
-        args["zero_padding"] = zero_padding
+    args = case.arguments(zero_padding)
     before = {n: bits(x).clone() for n, x in case.args.items() if isinstance(x, Tensor) and x.dtype != torch.bool}
-
     function(**args)
-
     for name, was in before.items():
         assert torch.equal(bits(case.args[name]), was), f"input {name} was changed"
-    for name, buffer in buffers.items():
-        rows = case.outputs[name][0][0]
-        edges = torch.cat((buffer[:GUARD], buffer[GUARD + rows :]))
-        assert bool(torch.isnan(edges).all()), f"{name}: written outside of the buffer"
-    for name, pool in pools.items():
-        may = torch.zeros(pool.base.shape, dtype=torch.bool, device=pool.base.device)
-        torch.as_strided(may, pool.view.shape, pool.view.stride(), pool.view.storage_offset()).copy_(case.written[name])
-        changed = bits(pool.base) != bits(case.pools[name].base)
-        stray = changed & ~may
-        assert not bool(stray.any()), f"{name}: {int(stray.sum())} elements written that are not the op's to write"
-    return Result(outputs, pools)
+    stray = case.trespass(args)
+    assert stray is None, stray
+    return Result({n: args[n] for n in case.outputs}, {n: args[n] for n in case.pools})
 
 
 def check(function: Callable[..., None], case: Case, *, precision: str = "fp32", zero_padding: bool = True) -> Result:
@@ -114,11 +87,11 @@ def check(function: Callable[..., None], case: Case, *, precision: str = "fp32",
         else:
             assert bool(((padding == 0) | torch.isnan(padding)).all()), f"{case.op}: {name}: padding rows were written"
     for name, pool in got.pools.items():
-        mask = case.written[name].cpu()
-        tol = tolerance(case.op, case.io_dtype, pool.view.dtype, precision)
+        mask = case.mask(name, "cpu")
+        tol = tolerance(case.op, case.io_dtype, pool.dtype, precision)
         if name == "conv_state":  # raw inputs, cast to the pool's dtype: no arithmetic
-            same = torch.equal(pool.view.cpu()[mask], want.pools[name].base[mask].to(pool.view.dtype))
+            same = torch.equal(pool.cpu()[mask], want.pools[name][mask].to(pool.dtype))
             assert same, f"{case.op}: conv_state does not hold the raw inputs"
         else:
-            assert_close(f"{case.op}: {name}", pool.view.cpu()[mask], want.pools[name].base[mask], tol)
+            assert_close(f"{case.op}: {name}", pool.cpu()[mask], want.pools[name][mask], tol)
     return got

@@ -8,44 +8,50 @@ from typing import Any
 import torch
 
 from gdn_plugin import ops
+from gdn_plugin.ops.cases import Case
+from gdn_plugin.ops.record import OPS
 from gdn_plugin.registry import Problem, judge, probe, rows
-from tests.support.cases import Case
-
-PROLOGUE_OUTPUTS = ("q", "k", "v", "g", "beta")
 
 
-def public(op: str, backend: str | None) -> Callable[..., None]:
-    """Calls gdn_plugin.ops.<op>: the returning op where zero_padding is True, else the `_out` op."""
-    call = getattr(ops, op)
+def public(op: str, backend: str | None, *, out: bool | None = None) -> Callable[..., None]:
+    """Calls gdn_plugin.ops.<op>.
 
-    def prologue(**args: Any) -> None:
-        buffers = [args.pop(name) for name in PROLOGUE_OUTPUTS]
-        for buffer, result in zip(buffers, call(**args, backend=backend), strict=True):
+    Args:
+        out: hand over buffers to fill, or take what the op returns. None: buffers where zero_padding is False. A case
+            whose output is one of its inputs (gated_norm in place) always hands it over.
+    """
+    call, names = getattr(ops, op), [output.name for output in OPS[op].outputs]
+
+    def run(**args: Any) -> None:
+        zero_padding = args.pop("zero_padding", True)
+        buffers = [args.pop(name) for name in names]
+        fill = not zero_padding if out is None else out
+        if fill or any(buffer is x for buffer in buffers for x in args.values()):
+            got = call(**args, out=buffers if len(names) > 1 else buffers[0], backend=backend)
+            assert all(a is b for a, b in zip(got if len(names) > 1 else [got], buffers, strict=True))
+            return
+        got = call(**args, backend=backend)
+        for buffer, result in zip(buffers, got if len(names) > 1 else [got], strict=True):
+            assert result.is_contiguous() and result.dtype == buffer.dtype
             buffer.copy_(result)
 
-    def other(*, out: Any, zero_padding: bool, **args: Any) -> None:
-        if zero_padding:
-            out.copy_(call(**args, backend=backend))
-        else:
-            assert call(**args, out=out, backend=backend) is out
-
-    return prologue if op == "conv_prologue" else other
+    return run
 
 
-def precision(op: str, backend: str, io_dtype: torch.dtype) -> str:
-    """The tolerance table's column: backend `cpu` multiplies matrices of bf16 io in bf16, as its docstring says."""
-    return "io" if (op, backend, io_dtype) == ("prefill", "cpu", torch.bfloat16) else "fp32"
+def precision(op: str, backend: str | None, io_dtype: torch.dtype, device: str = "cpu") -> str:
+    """The tolerance table's column: "io" for who multiplies matrices in the io dtype, as their docstrings say."""
+    if backend in ("flashinfer", None):
+        return "io"
+    exact = io_dtype == torch.float32 and device == "cpu"
+    return "io" if op == "prefill" and not exact and backend in ("triton", "cpu") else "fp32"
 
 
 def op_args(case: Case, backend: str, *, variant: str = "") -> tuple[Any, ...]:
     """The positional arguments of torch.ops.gdn.<op><variant> for a case, on copies of its pools."""
-    name = case.op + variant
-    schema = getattr(torch.ops.gdn, name).default._schema
-    given: dict[str, Any] = {**case.args, "backend": backend}
-    given |= {n: p.clone().view for n, p in case.pools.items()}
-    if variant:
-        device = case.args["A_log"].device if "A_log" in case.args else case.args["q"].device
-        given |= {n: torch.zeros(shape, dtype=dtype, device=device) for n, (shape, dtype) in case.outputs.items()}
+    given = case.arguments() | {"backend": backend}
+    for name, (shape, dtype) in case.outputs.items():
+        given[name] = torch.zeros(shape, dtype=dtype, device=case.device)
+    schema = getattr(torch.ops.gdn, case.op + variant).default._schema
     return tuple(given[argument.name] for argument in schema.arguments)
 
 

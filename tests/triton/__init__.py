@@ -1,0 +1,1 @@
+COMPILED = ("test_variants.py",)

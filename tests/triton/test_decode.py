@@ -7,10 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from gdn_plugin.ops._triton.decode import decode, decode_with_config
-from gdn_plugin.ops._triton.launch import launch_count
-from gdn_plugin.ops._triton.tiles import FEW_HEADS, TileConfig, decode_config
-from tests.support.cases import Heads, decode_case
+from gdn_plugin.backends.triton.configs import FEW_HEADS, Tile
+from gdn_plugin.backends.triton.decode import TILES
+from gdn_plugin.backends.triton.decode import run as decode
+from gdn_plugin.backends.triton.launch import launch_count
+from gdn_plugin.ops.cases import Heads, decode_case
 from tests.support.checks import check, run
 
 SMALL = Heads(1, 2, 64, 64)
@@ -27,7 +28,7 @@ def test_heads_and_dims(heads):
 
 
 @pytest.mark.parametrize("io_dtype", [FP32, FP16, BF16], ids=str)
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("state_dtype", [FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("use_qk_l2norm", [True, False], ids=["raw", "unit"])
 def test_dtypes(io_dtype, state_dtype, use_qk_l2norm):
     check(decode, decode_case(3, SMALL, io_dtype, state_dtype, use_qk_l2norm=use_qk_l2norm))
@@ -46,7 +47,7 @@ def test_padding_and_strides(zero_padding, null_index):
 
 @pytest.mark.parametrize("block_v", [4, 16, 64])
 def test_any_split_of_a_head(block_v):
-    check(partial(decode_with_config, config=TileConfig(block_v, 1)), decode_case(2, SMALL))
+    check(partial(decode, config=Tile(block_v * SMALL.k_dim, 1)), decode_case(2, SMALL))
 
 
 def test_one_launch():
@@ -60,11 +61,11 @@ def test_one_launch():
 @pytest.mark.parametrize("V", [64, 128, 256])
 @pytest.mark.parametrize("num_heads", [1, FEW_HEADS, 10 * FEW_HEADS])
 def test_configurations_divide_a_head(K, V, num_heads):
-    config = decode_config(90, FP32, num_heads, K, V)
-    assert V % config.block_v == 0
-    assert config.block_v * K <= 64 * 32 * config.num_warps  # state values a thread holds
+    tile = TILES.tile(90, FP32, num_heads, K, V)
+    assert V % tile.block_v(K, V) == 0
+    assert tile.block_v(K, V) * K <= 64 * 32 * tile.num_warps  # state values a thread holds
 
 
 def test_batch_one_fills_a_gpu():
     """32 heads of 128x128 have to spread over at least the 148 multiprocessors of a B200."""
-    assert 32 * 128 // decode_config(90, FP32, 32, 128, 128).block_v >= 148
+    assert 32 * 128 // TILES.tile(90, FP32, 32, 128, 128).block_v(128, 128) >= 148

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gdn_plugin.ops._flashinfer import rows
+from gdn_plugin.backends.flashinfer import rows
 
 
 def int32(*values):
@@ -24,33 +24,38 @@ def test_start_rows(stride, null_index, padding, wanted):
     assert rows.start_rows(held[::stride], null_index, padding).tolist() == list(wanted)
 
 
-@pytest.mark.parametrize("padding", [-1, 0], ids=["fp32-pool", "bf16-pool"])
 @pytest.mark.parametrize("width", [1, 2, 3, 5])
-def test_verify_rows(width, padding):
-    """Live, the null block as padding, and padding whose sequence is empty although its row is not."""
-    held = torch.arange(1, 1 + 4 * (width + 2), dtype=torch.int32).view(4, width + 2)[:, :width]
-    held[1] = 0
-    accepted = int32(1, 1, width, 1)
-    offsets = int32(0, width, 2 * width, 3 * width, 3 * width)
-    start, table = rows.verify_rows(held, accepted, offsets, 0, padding)
-    assert start.tolist() == [held[0, 0].item(), padding, held[2, width - 1].item(), padding]
-    assert table.tolist() == [held[0].tolist(), [0] * width, held[2].tolist(), [0] * width]
-    assert table.is_contiguous()
-    given = rows.verify_rows(held, int32(99, 99, 99, 99), offsets, 0, padding, int32(7, 0, 8, 9))
-    assert given[0].tolist() == [7, padding, 8, padding] and torch.equal(given[1], table)
+def test_verify_rows(width):
+    held = torch.arange(1, 1 + 3 * (width + 2), dtype=torch.int32).view(3, width + 2)[:, :width]
+    start, table = rows.verify_rows(held, int32(1, width, 99), None)
+    assert start.tolist() == [held[0, 0].item(), held[1, width - 1].item(), held[2, width - 1].item()]
+    assert torch.equal(table, held) and table.is_contiguous()
+    given = rows.verify_rows(held, int32(99, 99, 99), int32(7, 0, 8, 0, 9, 0)[::2])
+    assert given[0].tolist() == [7, 8, 9] and torch.equal(given[1], table)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("value_dim", [5, 128])
-def test_zero_padding(tokens, value_dim):
-    batch, heads = 3, 2
-    held = torch.full((batch * tokens, heads + 1, value_dim + 4), float("nan"))
+def test_zero_padding_of_one_token_each(value_dim):
+    heads = 2
+    held = torch.full((3, heads + 1, value_dim + 4), float("nan"))
     out = held[:, :heads, :value_dim]
-    named = int32(5, 99, 0, 99, 1, 99)[::2]
-    rows.zero_padding(out, named, 0, tokens)
+    rows.zero_padding(out, int32(5, 99, 0, 99, 1, 99)[::2], 0)
     zeroed = torch.zeros_like(held, dtype=torch.bool)
-    zeroed[tokens : 2 * tokens, :heads, :value_dim] = True
+    zeroed[1, :heads, :value_dim] = True
     assert torch.equal(held == 0, zeroed) and torch.equal(held.isnan(), ~zeroed)
+
+
+@pytest.mark.parametrize("offsets", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("heads", [3, 20])
+def test_zero_padding_of_packed_sequences(heads, offsets):
+    """Those of padding, long and short, and those behind the last sequence."""
+    lens, named, value_dim, tail = (4, 70, 1, 0, 3), int32(5, 0, -1, 0, 1), 128, 6
+    tokens = sum(lens) + tail
+    held = torch.full((tokens + 2, heads, value_dim), float("nan"), dtype=torch.bfloat16)
+    rows.zero_padding(held[1:-1], named, 0, torch.tensor([0, 4, 74, 75, 75, 78], dtype=offsets))
+    zeroed = torch.zeros(tokens + 2, dtype=torch.bool)
+    zeroed[1 + 4 : 1 + 75] = zeroed[1 + 78 : -1] = True
+    assert torch.equal((held == 0).all(-1).all(-1), zeroed) and torch.equal(held.isnan().all(-1).all(-1), ~zeroed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 
-from gdn_plugin.ops._triton import workspace
-from gdn_plugin.ops._triton.fused_decode import fused_decode, fused_decode_with_config
-from gdn_plugin.ops._triton.launch import launch_count
-from gdn_plugin.ops._triton.tiles import FEW_HEADS, TileConfig, fused_decode_config
-from tests.support.cases import Heads, fused_decode_case
+from gdn_plugin.backends.triton import workspace
+from gdn_plugin.backends.triton.configs import FEW_HEADS, Tile
+from gdn_plugin.backends.triton.fused_decode import TILES
+from gdn_plugin.backends.triton.fused_decode import run as fused_decode
+from gdn_plugin.backends.triton.launch import launch_count
+from gdn_plugin.ops.cases import Heads, fused_decode_case
 from tests.support.checks import check, run
 
 SMALL = Heads(1, 2, 64, 64)
@@ -30,7 +31,7 @@ def counters_are_left_zero():
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
 def test_groups_and_splits(heads, block_v, norm):
     """Every way a group can be finished: one program or many, the norm in registers or by the last program."""
-    function = partial(fused_decode_with_config, config=TileConfig(block_v, 4))
+    function = partial(fused_decode, config=Tile(block_v * 64, 4))
     check(function, fused_decode_case(2, Heads(*heads, 64, 64), norm=norm))
 
 
@@ -40,7 +41,7 @@ def test_dims(dims):
 
 
 @pytest.mark.parametrize("io_dtype", [FP32, FP16, BF16], ids=str)
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("state_dtype", [FP32, FP16, BF16], ids=str)
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])
 def test_dtypes(io_dtype, state_dtype, gate):
     check(fused_decode, fused_decode_case(2, SMALL, io_dtype, state_dtype, gate=gate))
@@ -75,9 +76,9 @@ def test_one_launch():
 @pytest.mark.parametrize("num_heads", [1, 10 * FEW_HEADS])
 @pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=str)
 def test_configurations_divide_a_head(K, V, num_heads, state_dtype):
-    config = fused_decode_config(90, state_dtype, num_heads, K, V)
-    assert V % config.block_v == 0
-    assert config.block_v * K <= 64 * 32 * config.num_warps
+    tile = TILES.tile(90, state_dtype, num_heads, K, V)
+    assert V % tile.block_v(K, V) == 0
+    assert tile.block_v(K, V) * K <= 64 * 32 * tile.num_warps
 
 
 def test_counters_grow_and_stay():

@@ -1,104 +1,97 @@
-"""The launcher's own cache of compiled kernels, against Triton's rules and with a stand-in for the driver."""
+"""The door: what a launch becomes, what is counted, and what is only written down."""
 
 from __future__ import annotations
 
-import itertools
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from gdn_plugin.ops._triton import launch as module
-from gdn_plugin.ops._triton.launch import compile_count, launch, launch_count, specialisation
+from gdn_plugin.backends.triton import launch as module
+from gdn_plugin.backends.triton.launch import (
+    compile_count,
+    counted,
+    device_sm,
+    interpreting,
+    launch,
+    launch_count,
+    recorded,
+)
 
-BASE = torch.zeros(64, dtype=torch.bfloat16)
-VALUES = [None, 0, 1, 2, 15, 16, 32, 48, -1, -16, 2**31 - 1, 2**31, 2**31 + 1, 2**40, 2**40 + 1, -(2**31), -(2**31) - 1,
-          2**63, 1.0, 0.5, True, False, BASE, BASE[1:], BASE[8:], BASE.float(), BASE.to(torch.int32)]  # fmt: skip
-
-
-@pytest.mark.parametrize("plain", [False, True])
-def test_never_coarser_than_tritons_rules(plain):
-    from triton._C.libtriton import native_specialize_impl
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import make_backend
-
-    backend = make_backend(GPUTarget("cuda", 90, 32))
-    for one, other in itertools.combinations(VALUES, 2):
-        if specialisation((one,), (plain,)) == specialisation((other,), (plain,)):
-            theirs = [native_specialize_impl(backend, x, False, not plain, True) for x in (one, other)]
-            assert theirs[0] == theirs[1], (one, other)
-
-
-def test_values_that_change_from_call_to_call_share_a_kernel():
-    assert specialisation((17, 0.5, BASE), (True, False, False)) == specialisation(
-        (1, 2.0, BASE[8:]), (True, False, False)
-    )
+CPU = torch.device("cpu")
 
 
 class Kernel:
-    """What `launch` sees of a JITFunction; `ran` holds the (grid, arguments) of each launch, by which way it went."""
+    """What `launch` and `compile_count` see of a JITFunction that compiles at each launch, on device 0."""
 
     def __init__(self):
-        names = (("x", False), ("n", True), ("BLOCK", False))
-        self.params = [SimpleNamespace(name=name, do_not_specialize=plain) for name, plain in names]
-        self.pre_run_hooks = []
-        self.device_caches = {0: ({},)}
-        self.slow, self.fast = [], []
+        self.device_caches = {}
+        self.ran = []
 
     def __getitem__(self, grid):
-        def run(*args, **kwargs):
-            self.slow.append((grid, args, kwargs))
-            self.device_caches[0][0][len(self.slow)] = None
-            return SimpleNamespace(run=lambda *a: self.fast.append(a), function="function", packed_metadata="metadata")
+        def run(**arguments):
+            self.ran.append((grid, arguments))
+            self.device_caches.setdefault(0, ({}, {}))[0][len(self.ran)] = "compiled"
 
         return run
 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    device = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: f"stream {device}")
-    knobs = SimpleNamespace(launch_enter_hook=None, launch_exit_hook=None)
-    monkeypatch.setattr(module, "_triton", lambda: (SimpleNamespace(active=device), knobs))
-    monkeypatch.setattr(module, "_known", {})
-    kernel = Kernel()
-    kernel.knobs = knobs
-    return kernel
+    monkeypatch.setattr(module, "_kernels", list(module._kernels))
+    return counted(Kernel())
 
 
-def test_a_known_kernel_goes_to_the_driver_as_triton_would(kernel):
+def test_a_launch_is_tritons_own(kernel):
     before = launch_count()
-    launch(kernel, (3,), BASE, 5, BLOCK=64, num_warps=4)
-    launch(kernel, (4, 2), BASE[8:], 7, BLOCK=64, num_warps=4)
-    assert [args for _, args, _ in kernel.slow] == [(BASE, 5)]
-    assert kernel.fast == [(4, 2, 1, "stream 0", "function", "metadata", None, None, None, kernel.fast[0][9], 7, 64)]
-    assert kernel.fast[0][9].data_ptr() == BASE[8:].data_ptr()
-    assert (launch_count() - before, compile_count()) == (2, 1)
-
-
-@pytest.mark.parametrize("args", [(BASE[1:], 5), (BASE.float(), 5), (None, 5), (BASE, 2**31)], ids=range(4))
-def test_another_kind_of_argument_is_compiled(kernel, args):
-    launch(kernel, (3,), BASE, 5, BLOCK=64, num_warps=4)
-    launch(kernel, (3,), *args, BLOCK=64, num_warps=4)
-    assert (len(kernel.slow), len(kernel.fast)) == (2, 0)
-
-
-def test_options_and_constants_are_told_apart(kernel):
-    for block, warps in ((64, 4), (32, 4), (64, 8)):
-        launch(kernel, (3,), BASE, 5, BLOCK=block, num_warps=warps)
-    assert (len(kernel.slow), len(kernel.fast)) == (3, 0)
-
-
-def test_hooks_go_tritons_own_way(kernel):
-    launch(kernel, (1,), BASE, 5, BLOCK=64, num_warps=4)
-    kernel.knobs.launch_enter_hook = SimpleNamespace(calls=[])
-    launch(kernel, (1,), BASE, 5, BLOCK=64, num_warps=4)
-    assert len(kernel.fast) == 1
-    kernel.knobs.launch_enter_hook = SimpleNamespace(calls=[print])
-    launch(kernel, (1,), BASE, 5, BLOCK=64, num_warps=4)
-    assert (len(kernel.slow), len(kernel.fast)) == (2, 1)
+    launch(kernel, (4, 2), x=1, BLOCK=64, num_warps=4)
+    assert kernel.ran == [((4, 2), {"x": 1, "BLOCK": 64, "num_warps": 4})] and launch_count() - before == 1
 
 
 def test_an_empty_grid_is_no_launch(kernel):
     before = launch_count()
-    launch(kernel, (0,), BASE, 5, BLOCK=64, num_warps=4)
-    assert launch_count() == before and not kernel.slow
+    launch(kernel, (0,), x=1)
+    with recorded(90) as recording:
+        launch(kernel, (3, 0), x=1)
+    assert not kernel.ran and not recording.launches and launch_count() == before
+
+
+def test_compilations_are_counted_on_every_device(kernel):
+    before = compile_count()
+    launch(kernel, (1,), x=1)
+    assert compile_count() - before == 1
+    kernel.device_caches[1] = ({"a": 1, "b": 2}, {})
+    assert compile_count() - before == 3
+
+
+def test_interpreted_kernels_count_nothing(kernel):
+    before = compile_count()
+    counted(SimpleNamespace())
+    assert compile_count() == before and interpreting()
+
+
+def test_recording_writes_down_and_launches_nothing(kernel):
+    before = launch_count()
+    with recorded(103) as recording:
+        assert device_sm(CPU) == 103
+        launch(kernel, (2,), x=1, num_warps=1)
+        with recorded(80) as inner:
+            assert device_sm(CPU) == 80
+            launch(kernel, (3,), x=2)
+        assert device_sm(CPU) == 103
+    assert [(one.grid, one.arguments) for one in recording.launches] == [((2,), {"x": 1, "num_warps": 1})]
+    assert [one.grid for one in inner.launches] == [(3,)]
+    assert not kernel.ran and launch_count() == before and device_sm(CPU) == 0
+
+
+def test_recording_ends_with_an_error_and_is_one_threads_own(kernel):
+    seen = []
+    with pytest.raises(RuntimeError, match="launcher"), recorded(90):
+        other = threading.Thread(target=lambda: seen.append(device_sm(CPU)))
+        other.start()
+        other.join()
+        raise RuntimeError("launcher")
+    assert seen == [0]
+    launch(kernel, (1,), x=1)
+    assert len(kernel.ran) == 1

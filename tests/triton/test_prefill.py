@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import torch
 
-from gdn_plugin.ops._triton.configs import PrefillConfig
-from gdn_plugin.ops._triton.launch import launch_count
-from gdn_plugin.ops._triton.prefill import num_slots, prefill, prefill_with_config
-from tests.support.cases import Heads, prefill_case
-from tests.support.checks import check, run
+from gdn_plugin.backends.triton.launch import launch_count
+from gdn_plugin.backends.triton.prefill import PrefillConfig, num_slots
+from gdn_plugin.backends.triton.prefill import run as prefill
+from gdn_plugin.ops.cases import Heads, prefill_case
+from tests.support.checks import check, run, run_reference
 
 SMALL = Heads(1, 2, 64, 64)
 BF16 = torch.bfloat16
@@ -37,7 +37,9 @@ def test_heads_and_dims(heads):
 
 
 @pytest.mark.parametrize(
-    ("io_dtype", "state_dtype"), [(torch.float32, BF16), (torch.float16, torch.float32), (BF16, BF16)], ids=str
+    ("io_dtype", "state_dtype"),
+    [(torch.float32, BF16), (torch.float16, torch.float32), (BF16, BF16), (BF16, torch.float16)],
+    ids=str,
 )
 def test_dtypes(io_dtype, state_dtype):
     precision = "fp32" if io_dtype == torch.float32 else "io"
@@ -115,7 +117,7 @@ SEGMENTS = PrefillConfig(segment_programs=1000, segment_min_chunks=1, block_v=32
 )
 def test_every_split_gives_the_same(config):
     case = prefill_case((65, 130), Heads(1, 2, 64, 128), use_qk_l2norm=True, checkpoint_every=64, fresh=(1,))
-    check(partial(prefill_with_config, config=config), case)
+    check(partial(prefill, config=config), case)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,7 @@ def test_segments(min_chunks, dims):
     case = prefill_case((330, 0, 65, 30, 3), Heads(1, 1, *dims), fresh=(2,), padding=(3,), pad_tokens=70,
                         checkpoint_every=128, gate="strong")  # fmt: skip
     before = launch_count()
-    check(partial(prefill_with_config, config=config), case)
+    check(partial(prefill, config=config), case)
     assert launch_count() - before == 3
 
 
@@ -134,7 +136,7 @@ def test_segments(min_chunks, dims):
 def test_segments_survive_a_wrong_hint(hint):
     case = prefill_case((193, 1), Heads(1, 1, 64, 64))
     case.args["max_seqlen"] = hint
-    check(partial(prefill_with_config, config=SEGMENTS), case)
+    check(partial(prefill, config=SEGMENTS), case)
 
 
 def test_two_launches():
@@ -162,18 +164,14 @@ def test_slots_hold_any_packing(lens, pad_tokens):
     assert slots[-1] < num_slots(offsets[-1] + pad_tokens, len(lens))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"q": torch.zeros(4, 1, 32), "k": torch.zeros(4, 1, 32)}, "K and V in"),
-        ({"out": torch.zeros(4, 64, 2).transpose(1, 2)}, "out needs last stride 1"),
-        ({"state": torch.zeros(4, 2, 64, 64).transpose(2, 3)}, "state needs inner strides"),
-        ({"checkpoints": torch.zeros(1, 2, 64, 64), "checkpoint_every": 65}, "positive multiple of 64"),
-    ],
-    ids=["dims", "out", "state", "every"],
-)
-def test_bad_arguments(change, message):
-    case = prefill_case((4,), SMALL)
-    args = dict(case.args) | {"state": case.pools["state"].view, "out": torch.zeros(4, 2, 64), "zero_padding": True}
-    with pytest.raises(ValueError, match=message):
-        prefill(**args | change)
+@pytest.mark.parametrize(("token", "name"), [(0, "k"), (70, "v"), (191, "g"), (192, "v"), (329, "beta")])
+def test_segments_of_what_is_not_finite(token, name):
+    case = prefill_case((330, 2), Heads(1, 1, 64, 64), fresh=(0,), checkpoint_every=64)
+    case.args[name][(token, *(0 for _ in case.args[name].shape[1:]))] = float("nan")
+    args = case.arguments(zero_padding=True)
+    prefill(**args, config=replace(SEGMENTS, segment_min_chunks=2))
+    want = run_reference(case)
+    for result, truth in (want.outputs | want.pools).items():
+        fine = torch.isfinite(truth)
+        assert torch.equal(torch.isfinite(args[result])[fine], fine[fine]), result
+        assert not torch.isfinite(args[result])[~fine].any(), result

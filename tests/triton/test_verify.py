@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from gdn_plugin.ops._triton.launch import launch_count
-from gdn_plugin.ops._triton.tiles import TileConfig
-from gdn_plugin.ops._triton.verify import verify, verify_with_config
-from tests.support.cases import Heads, verify_case
+from gdn_plugin.backends.triton.configs import Tile
+from gdn_plugin.backends.triton.launch import launch_count
+from gdn_plugin.backends.triton.verify import run as verify
+from gdn_plugin.ops.cases import Heads, verify_case
 from tests.support.checks import check, run
 
 SMALL = Heads(1, 2, 64, 64)
@@ -36,7 +36,7 @@ def test_heads_and_dims(heads):
 
 
 @pytest.mark.parametrize("io_dtype", [FP32, FP16, BF16], ids=str)
-@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("state_dtype", [FP32, FP16, BF16], ids=str)
 def test_dtypes(io_dtype, state_dtype):
     check(verify, verify_case((3, 2), SMALL, io_dtype, state_dtype))
 
@@ -63,7 +63,7 @@ def test_start_rows_take_the_place_of_the_look_up(null_index):
 
 @pytest.mark.parametrize("block_v", [8, 64])
 def test_any_split_of_a_head(block_v):
-    check(partial(verify_with_config, config=TileConfig(block_v, 4)), verify_case((2, 1), SMALL))
+    check(partial(verify, config=Tile(block_v * SMALL.k_dim, 4)), verify_case((2, 1), SMALL))
 
 
 @pytest.mark.parametrize("zero_padding", [True, False], ids=["returning", "out"])

@@ -1,51 +1,18 @@
-"""What the plugin needs of vLLM, as data, and whether a vLLM has it.
-
-The check reads the host's source with `ast` and imports nothing: importing the layer's module costs seconds and, on
-a GPU machine, initialises CUDA in a process that may be about to fork. The same check serves the start of the plugin
-(the installed vLLM) and `gdn-plugin doctor --host-contract DIR` (one unpacked from its wheel).
-"""
+"""What the plugin needs of vLLM, as data, and whether a vLLM has it. Imports nothing of vLLM; see `hosts.contract`."""
 
 from __future__ import annotations
 
-import ast
-import importlib.util
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.version import InvalidVersion, Version
+
+from gdn_plugin.hosts import contract as sources
+from gdn_plugin.hosts.contract import Need, version_of
 
 SUPPORTED = ((0, 32), (0, 33))
 LAYER_MODULE = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
 LAYER_CLASS = "QwenGatedDeltaNetAttention"
 REGISTRY_MODULE = "vllm.model_executor.custom_op"
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """One thing of the host that the plugin calls, overrides or reads.
-
-    Args:
-        module: dotted name of the module that defines it.
-        name: of a class, function or constant at the module's top level.
-        member: of a method of that class, "" for the thing itself.
-        parameters: names that its signature must have, in this order (others may follow or stand between).
-        fields: names that the class must have, as annotated fields or as attributes that its methods assign to self.
-        value: for a constant, what it must be.
-        why: what the plugin does with it.
-    """
-
-    module: str
-    name: str
-    why: str
-    member: str = ""
-    parameters: tuple[str, ...] = ()
-    fields: tuple[str, ...] = ()
-    value: object = None
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}" + (f".{self.member}" if self.member else "")
-
 
 _METADATA_MODULE = "vllm.v1.attention.backends.gdn_attn"
 
@@ -102,13 +69,6 @@ NEEDS: tuple[Need, ...] = (
     Need(LAYER_MODULE, LAYER_CLASS, "called", "_output_projection", parameters=("self", "core_attn_out", "z")),
     Need(
         LAYER_MODULE,
-        LAYER_CLASS,
-        "called: the gated norm behind prefill on CUDA",
-        "_rms_norm_gated_cuda",
-        parameters=("self", "x", "output_gate", "out"),
-    ),
-    Need(
-        LAYER_MODULE,
         "qwen_gdn_attention_core",
         "the opaque op that calls the core",
         parameters=("qkv_or_qkvz", "b_or_ba", "a_or_z_out", "core_attn_out", "layer_name"),
@@ -163,24 +123,41 @@ NEEDS: tuple[Need, ...] = (
             *("num_actual_tokens", "checkpoint", "spec_query_start_loc", "non_spec_query_start_loc"),
             *("spec_state_indices_tensor", "non_spec_state_indices_tensor", "spec_sequence_masks"),
             *("spec_token_indx", "non_spec_token_indx", "num_accepted_tokens", "prefill_query_start_loc"),
-            *("prefill_state_indices", "prefill_has_initial_state", "nums_dict"),
+            *("prefill_state_indices", "prefill_has_initial_state", "nums_dict", "num_spec_decode_tokens"),
+            "spec_sequence_masks_cpu",
         ),
+    ),
+    Need(
+        _METADATA_MODULE,
+        "GDNAttentionMetadataBuilder",
+        "patched: fresh speculative rows",
+        "build",
+        parameters=("self", "common_prefix_len", "common_attn_metadata"),
+    ),
+    Need(
+        _METADATA_MODULE,
+        "GDNAttentionMetadataBuilder",
+        "patched: fresh speculative rows",
+        "update_block_table",
+        parameters=("self", "metadata"),
+    ),
+    Need(
+        _METADATA_MODULE,
+        "GDNAttentionMetadataBuilder",
+        "fresh speculative rows: the most rows of a graph",
+        fields=("decode_cudagraph_max_bs",),
+    ),
+    Need(
+        "vllm.v1.attention.backend",
+        "CommonAttentionMetadata",
+        "fresh speculative rows: what has been computed",
+        fields=("query_start_loc_cpu", "seq_lens_cpu_upper_bound"),
     ),
     Need("vllm.v1.attention.backends.utils", "NULL_BLOCK_ID", "padding rows name this block", value=0),
     Need("vllm.forward_context", "get_forward_context", "where a layer finds its metadata"),
     Need("vllm.forward_context", "ForwardContext", "where a layer finds its metadata", fields=("attn_metadata",)),
     Need("vllm.utils.torch_utils", "_encode_layer_name", "called", parameters=("layer_name",)),
 )
-
-
-def version_of(root: Path) -> str | None:
-    """The version written in a vLLM tree's `_version.py`; None where there is none."""
-    try:
-        text = (root / "_version.py").read_text()
-    except OSError:
-        return None
-    found = re.search(r"^(?:__version__\s*=\s*)?(?:version|__version__)\s*=\s*['\"]([^'\"]+)['\"]", text, re.MULTILINE)
-    return found.group(1) if found else None
 
 
 def version_problem(version: str | None) -> str | None:
@@ -203,31 +180,17 @@ def contract(root: str | Path) -> list[str]:
     Args:
         root: the folder `vllm` itself, or the one that holds it. Nothing is imported.
     """
-    root = package_root(root)
-    missing = []
-    trees: dict[str, ast.Module | None] = {}
-    for need in NEEDS:
-        if need.module not in trees:
-            trees[need.module] = _parse(root, need.module)
-        tree = trees[need.module]
-        problem = f"{need.module} is missing" if tree is None else _unmet(need, tree)
-        if problem is not None and problem not in missing:
-            missing.append(problem)
-    return missing
+    return sources.unmet(NEEDS, package_root(root))
 
 
 def package_root(directory: str | Path) -> Path:
     """The folder of the package `vllm`, given itself or its parent."""
-    directory = Path(directory)
-    return directory / "vllm" if (directory / "vllm" / "__init__.py").exists() else directory
+    return sources.package_root("vllm", directory)
 
 
 def installed_root() -> Path | None:
     """Where vLLM is installed; None where it is not. Nothing is imported."""
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(next(iter(spec.submodule_search_locations)))
+    return sources.installed_root("vllm")
 
 
 def would_attach() -> tuple[bool, str]:
@@ -247,59 +210,3 @@ def would_attach() -> tuple[bool, str]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         return False, f"vLLM {version} lacks what the plugin needs: {missing[0]}{more}"
     return True, f"vLLM {version} has everything the plugin needs"
-
-
-def _parse(root: Path, module: str) -> ast.Module | None:
-    path = root.joinpath(*module.split(".")[1:])
-    for candidate in (path.with_suffix(".py"), path / "__init__.py"):
-        if candidate.exists():
-            return ast.parse(candidate.read_text())
-    return None
-
-
-def _unmet(need: Need, tree: ast.Module) -> str | None:
-    node = _top_level(tree, need.name)
-    if node is None:
-        return f"{need.module}.{need.name} is missing ({need.why})"
-    if need.value is not None:
-        value = getattr(node, "value", None)
-        if not isinstance(value, ast.Constant) or value.value != need.value:
-            return f"{need} is not {need.value!r} ({need.why})"
-    if need.member:
-        methods = [n for n in getattr(node, "body", []) if isinstance(n, ast.FunctionDef) and n.name == need.member]
-        if not methods:
-            return f"{need} is missing ({need.why})"
-        node = methods[-1]
-    if need.parameters:
-        if not isinstance(node, ast.FunctionDef):
-            return f"{need} is not a function ({need.why})"
-        found = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-        if [name for name in found if name in need.parameters] != list(need.parameters):
-            return f"{need} takes ({', '.join(found)}), not ({', '.join(need.parameters)}) ({need.why})"
-    lacking = [name for name in need.fields if name not in _fields(node)]
-    if lacking:
-        return f"{need} has no {', '.join(lacking)} ({need.why})"
-    return None
-
-
-def _top_level(tree: ast.Module, name: str) -> ast.AST | None:
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
-            return node
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return node
-    return None
-
-
-def _fields(node: ast.AST) -> set[str]:
-    """Annotated fields of a class, and attributes that its methods assign to self."""
-    names = set()
-    for child in ast.walk(node):
-        targets = child.targets if isinstance(child, ast.Assign) else [getattr(child, "target", None)]
-        for target in targets:
-            if isinstance(target, ast.Name) and isinstance(child, ast.AnnAssign):
-                names.add(target.id)
-            if isinstance(target, ast.Attribute) and isinstance(target.value, ast.Name) and target.value.id == "self":
-                names.add(target.attr)
-    return names

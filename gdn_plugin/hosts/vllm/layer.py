@@ -10,11 +10,9 @@ only once the host itself has.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +26,12 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from gdn_plugin import __version__, selfcheck, settings
-from gdn_plugin.hosts.vllm import compile_cache, cpu_copies
-from gdn_plugin.hosts.vllm.core import Core, GatedNorm, Parameters, Shape
-from gdn_plugin.hosts.vllm.metadata import CHECKPOINT_ALIGNMENT, Batch, batch_of
-from gdn_plugin.hosts.vllm.warm_up import pool_rows, warm_up, warm_up_pool
-from gdn_plugin.registry import Selection, probe
+from gdn_plugin import __version__, ops
+from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Shape
+from gdn_plugin.hosts.vllm.metadata import CHECKPOINT_ALIGNMENT, NULL_INDEX, PADDING, batch_of
+from gdn_plugin.hosts.vllm.patches import align_copies_on_cpu, fresh_speculative_rows, saved_models
+from gdn_plugin.hosts.vllm.warm_up import warm_up, warm_up_pool
+from gdn_plugin.registry import Selection, requests
 
 # Below vLLM's own logger, so that its handlers and its level apply.
 _log = logging.getLogger("vllm.gdn_plugin")
@@ -53,7 +51,6 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str = "", *args: Any, **kwargs: Any) -> None:
         super().__init__(config, vllm_config, prefix, *args, **kwargs)
         self._gdn_core: Core | None = None
-        self._gdn_warm = False
         self._gdn_packed = False
         self._gdn_checkpoint_grid: int | None = None
         wanted = _requests(vllm_config)
@@ -72,6 +69,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             conv_width=self.conv_kernel_size,
             spec_tokens=self.num_spec + 1 if self.num_spec else 0,
             checkpoints=align,
+            null_index=NULL_INDEX,
+            padding=PADDING,
         )
         self._gdn_core = Core(shape, _resolve(shape, tuple(wanted.items()), current_platform.device_type))
         # The flat layout leaves q, k, v and z side by side: one op takes the projections as they are, and a decode
@@ -80,12 +79,14 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         self._gdn_packed = self._norm_is_ours() and (not self.gqa_interleaved_layout or current_platform.is_cpu())
         self._forward_method = self._forward_plugin
         _mark_compiled_models(vllm_config)
-        compile_cache.let_artefacts_load()
+        saved_models.let_artefacts_load()
+        if self.num_spec:
+            fresh_speculative_rows.tell_fresh_rows()
         if align:
             self._gdn_checkpoint_grid = CHECKPOINT_ALIGNMENT
             self._checkpoint_alignment = CHECKPOINT_ALIGNMENT  # read by vLLM 0.33's own get_kv_cache_spec
             if self.num_spec and current_platform.is_cpu():
-                for kernel in cpu_copies.fill_gap():
+                for kernel in align_copies_on_cpu.fill_gap():
                     _log_once(logging.INFO, f"gdn_plugin: {kernel} runs without Triton")
 
     def _left_to_host(self) -> str | None:
@@ -94,8 +95,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             return f"the plugin serves cpu and cuda, this platform is {current_platform.device_name}"
         if self.activation not in ("silu", "swish"):
             return f"the convolution's activation is {self.activation!r}, the ops have silu"
-        if (state := self.get_state_dtype()[1]) not in (torch.float32, torch.bfloat16):
-            return f"the state is {_name(state)}, the ops have float32 and bfloat16"
+        if (state := self.get_state_dtype()[1]) not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"the state is {_name(state)}, the ops have float32, bfloat16 and float16"
         if not hasattr(self, "in_proj_qkvz") or not hasattr(self, "in_proj_ba"):
             return "its projections are split in a way the plugin does not know"
         return None
@@ -134,7 +135,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         """The host's; then the kernels that are compiled for this pool's size, before the host captures graphs."""
         super().bind_kv_cache(kv_cache)
         if self._gdn_core is not None:
-            warm_up_pool(self._gdn_core, self._gdn_parameters(self.kv_cache).state)
+            warm_up_pool(self._gdn_core, self.kv_cache[1])
 
     def get_prefill_checkpoint_alignment(self) -> int | None:
         """Asked by vLLM 0.33; see `get_kv_cache_spec`."""
@@ -145,8 +146,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         num_tokens = hidden_states.size(0)
         mixed_qkvz, _ = self.in_proj_qkvz(hidden_states)
         ba, _ = self.in_proj_ba(hidden_states)
-        # Zeroed, not empty: rows of padding tokens may be left as they are.
-        core_attn_out = torch.zeros(
+        # The core writes every row of it.
+        core_attn_out = torch.empty(
             (num_tokens, self.num_v_heads // self.tp_size, self.head_v_dim),
             dtype=hidden_states.dtype,
             device=hidden_states.device,
@@ -197,27 +198,16 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         """Called by the opaque op: conv, gates and recurrence of one step into `core_attn_out` [T, Hv, V]."""
         if self._gdn_core is None:
             return super()._forward_core(mixed_qkv, b, a, core_attn_out)
-        metadata = self._metadata()
-        if metadata is None:
-            self._warmup_prefill_kernels(mixed_qkv, 0)
-            return None
-        batch = batch_of(metadata, self.conv_kernel_size - 1)
-        self._gdn_core.run(batch, mixed_qkv, a, b, self._gdn_parameters(self.kv_cache), core_attn_out)
+        self._run(mixed_qkv, a, b, core_attn_out)
         return None
 
     def _forward_core_fused_norm_packed(self, mixed_qkvz: Tensor, ba: Tensor, core_attn_out: Tensor) -> None:
         """Called by the opaque op of the flat layout: as `_forward_core`, with the gated norm behind it."""
         if self._gdn_core is None:
             return super()._forward_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out)
-        metadata = self._metadata()
-        if metadata is None:
-            self._warmup_prefill_kernels(mixed_qkvz, self.value_dim // self.tp_size)
-            return None
         split = self._sort_projections if self.gqa_interleaved_layout else self._split_projections
         mixed_qkv, z, b, a = split(mixed_qkvz, ba)
-        batch = batch_of(metadata, self.conv_kernel_size - 1)
-        parameters = self._gdn_parameters(self.kv_cache)
-        self._gdn_core.run(batch, mixed_qkv, a, b, parameters, core_attn_out, self._gated_norm(z))
+        self._run(mixed_qkv, a, b, core_attn_out, z)
         return None
 
     def _metadata(self) -> Any | None:
@@ -225,82 +215,64 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         of_layers = get_forward_context().attn_metadata
         return of_layers.get(self.prefix) if isinstance(of_layers, dict) else None
 
-    def _gdn_parameters(self, pools: Sequence[Tensor]) -> Parameters:
-        conv_pool, state = pools
-        # With LoRA the host wraps every linear layer, this one too; the wrapper shows the weight but not what else is
-        # on the layer.
-        conv1d: Any = getattr(self.conv1d, "base_layer", self.conv1d)
-        # On some CPUs the host repacks conv1d.weight for its own kernel at load and keeps the original beside it.
-        weight = getattr(conv1d, "_cpu_unpacked_conv_weight", None)
-        if weight is None:
-            weight = conv1d.weight
-            weight = weight.view(weight.size(0), weight.size(-1))
+    def _run(self, mixed_qkv: Tensor, a: Tensor, b: Tensor, out: Tensor, z: Tensor | None = None) -> None:
+        """One step into `out` [T, Hv, V], whose rows hold anything; with z, the gated norm behind it."""
+        core = self._gdn_core
+        assert core is not None
+        metadata = self._metadata()
+        if metadata is None:
+            self._warmup_prefill_kernels(mixed_qkv, 0)
+            out.zero_()
+            return
+        norm = None
+        if z is not None:
+            gate = "sigmoid" if self.norm.activation == "sigmoid" else "silu"
+            norm = GatedNorm(z=z, weight=self.norm.weight, eps=self.norm.eps, gate=gate)
+        core.run(batch_of(metadata, self.conv_kernel_size - 1), mixed_qkv, a, b, self._gdn_parameters(), out, norm)
+
+    def _gdn_parameters(self) -> Parameters:
+        conv_pool, state = self.kv_cache
+        weight = self._conv_weight()
         return Parameters(
-            conv_weight=weight,
-            conv_bias=conv1d.bias,
+            conv_weight=weight.view(weight.size(0), weight.size(-1)),
+            conv_bias=self._conv1d().bias,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             conv_state=conv_pool if is_conv_state_dim_first() else conv_pool.transpose(-1, -2),
             state=state,
         )
 
-    def _gated_norm(self, z: Tensor) -> GatedNorm:
-        return GatedNorm(
-            z=z,
-            weight=self.norm.weight,
-            eps=self.norm.eps,
-            gate="sigmoid" if self.norm.activation == "sigmoid" else "silu",
-            apply=self._apply_norm,
-        )
+    def _conv1d(self) -> Any:
+        """With LoRA the host wraps every linear layer, this one too, and the wrapper shows only some of what it has."""
+        return getattr(self.conv1d, "base_layer", self.conv1d)
 
-    def _apply_norm(self, x: Tensor, z: Tensor) -> None:
-        if x.is_cuda:
-            self._rms_norm_gated_cuda(x, z, x)
-        else:
-            x.copy_(self.norm.forward_native(x, z))
+    def _conv_weight(self) -> Tensor:
+        """conv1d.weight as it is now, [dim, 1, W].
+
+        On some CPUs the host repacks it at load for a kernel of its own, which this layer never calls, and keeps a copy
+        of the original. The original is put back: updates in place, which trainers make, would not reach a copy.
+        """
+        conv1d = self._conv1d()
+        unpacked = getattr(conv1d, "_cpu_unpacked_conv_weight", None)
+        if unpacked is not None:
+            conv1d.weight.data = unpacked.unsqueeze(1)
+            conv1d._cpu_unpacked_conv_weight = None
+        return conv1d.weight
 
     def _warmup_prefill_kernels(self, qkv_or_qkvz: Tensor, v_dim: int) -> None:
         """Compile every kernel that serving can reach, in the profile run: before the caches and before capture."""
         if self._gdn_core is None:
             return super()._warmup_prefill_kernels(qkv_or_qkvz, v_dim)
-        if self._gdn_warm:
-            return None
-        self._gdn_warm = True
-        core, device, dtype = self._gdn_core, qkv_or_qkvz.device, qkv_or_qkvz.dtype
-        parameters = self._gdn_parameters(self._spare_pools(pool_rows(core), device))
-        heads = core.shape.num_v_heads
-
-        def run(batch: Batch) -> None:
-            qkvz = torch.zeros(batch.num_tokens, qkv_or_qkvz.size(-1), dtype=dtype, device=device)
-            ab = torch.zeros(batch.num_tokens, heads, dtype=dtype, device=device)
-            out = torch.zeros(batch.num_tokens, heads, self.head_v_dim, dtype=dtype, device=device)
-            norm = None
-            if self._gdn_packed:
-                norm = self._gated_norm(qkvz[:, self._qkv_size() :].unflatten(-1, (heads, self.head_v_dim)))
-            core.run(batch, qkvz[:, : self._qkv_size()], ab, ab, parameters, out, norm)
-
-        warm_up(core, device, self._gdn_packed, run)
+        warm_up(self._gdn_core, qkv_or_qkvz.device)
         return None
-
-    def _spare_pools(self, rows: int, device: torch.device) -> list[Tensor]:
-        """Pools as the host binds them, several states to a page, of a few rows and for the warm-up alone."""
-        pairs = list(zip(self.get_state_shape(), self.get_state_dtype(), strict=True))
-        sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in pairs]
-        page = (sum(sizes) // 4096 + 2) * 4096
-        pages = torch.zeros(rows, page, dtype=torch.int8, device=device)
-        pools, start = [], 0
-        for (shape, dtype), size in zip(pairs, sizes, strict=True):
-            pools.append(pages[:, start : start + size].view(dtype).view(-1, *shape))
-            start += size
-        return pools
 
 
 def _requests(vllm_config: VllmConfig) -> dict[str, str]:
     """The request for each phase, every setting checked."""
     additional = vllm_config.additional_config
     additional = additional if isinstance(additional, dict) else {}
-    host = additional.get("gdn_prefill_backend")
-    return {phase: request.value for phase, request in settings.validate(additional, host).items()}
+    asked = requests(additional, additional.get("gdn_prefill_backend"))
+    return {phase: request.value for phase, request in asked.items()}
 
 
 def _mark_compiled_models(vllm_config: VllmConfig) -> None:
@@ -314,25 +286,12 @@ def _mark_compiled_models(vllm_config: VllmConfig) -> None:
 
 
 @functools.cache
-def _resolve(shape: Shape, requests: tuple[tuple[str, str], ...], device_type: str) -> Selection:
+def _resolve(shape: Shape, wanted: tuple[tuple[str, str], ...], device_type: str) -> Selection:
     """Backends for a layer's share, self-checked; one log line a distinct choice."""
-    with _plain_torch():
-        selection = selfcheck.resolve(probe(device_type), shape.problems(), dict(requests))
+    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type)
     for line in selection.describe():
         _log_once(logging.INFO, f"gdn_plugin: {line}")
     return selection
-
-
-@contextlib.contextmanager
-def _plain_torch() -> Iterator[None]:
-    """Torch's own defaults: the host builds models under a default dtype and a default device."""
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"):
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
 
 
 @functools.cache

@@ -8,125 +8,20 @@ metadata object a step, so its translation is kept on it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# vLLM's block 0 holds no sequence: padding rows name it.
-NULL_INDEX = 0
+from gdn_plugin.hosts.batch import Batch, Checkpoints, DecodePart, PrefillPart, SpecPart
+from gdn_plugin.hosts.vllm.patches.fresh_speculative_rows import has_initial_state
+
+# vLLM's block 0, the null block, holds no sequence: padding rows name it, and whatever is written to it nobody reads.
+NULL_INDEX, PADDING = 0, "scratch"
 # Prefill emits states at multiples of this many tokens (the ops' rule for `checkpoint_every`).
 CHECKPOINT_ALIGNMENT = 64
 
 _CACHE_ATTRIBUTE = "_gdn_plugin_batch"
-
-
-@dataclass(frozen=True, slots=True)
-class DecodePart:
-    """One token a sequence, at the front of the batch.
-
-    Args:
-        count: tokens and sequences, padding rows included.
-        state_indices: [count] int32; `NULL_INDEX` marks padding.
-        cu_seqlens: [count + 1] int32.
-    """
-
-    count: int
-    state_indices: Tensor
-    cu_seqlens: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoints:
-    """States to keep from the middle of a prefill, for the prefix cache. C of them, in pool rows of their own.
-
-    Args:
-        every: tokens between the states that the prefill op emits; a multiple of 64.
-        count: rows the op may write, at most.
-        cu_starts: [B + 1] int32, first emitted state of each sequence.
-        emitted: [C] int64, which emitted state each checkpoint is.
-        rows: [C] int64, pool row of each checkpoint.
-        conv_tokens: [C, W - 1] int64, the tokens (counted from the part's first) that are its conv history.
-    """
-
-    every: int
-    count: int
-    cu_starts: Tensor
-    emitted: Tensor
-    rows: Tensor
-    conv_tokens: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillPart:
-    """Sequences of any length.
-
-    Args:
-        first, count: where its tokens are, when they are in one piece.
-        tokens: [count] positions of its tokens, when speculative rows stand between them; None otherwise.
-        state_indices: [B] int32.
-        cu_seqlens: [B + 1] int32, from 0.
-        has_initial_state: [B] bool.
-        max_seqlen: at least the longest sequence; 0 where the host does not say.
-    """
-
-    first: int
-    count: int
-    tokens: Tensor | None
-    state_indices: Tensor
-    cu_seqlens: Tensor
-    has_initial_state: Tensor
-    max_seqlen: int
-    checkpoints: Checkpoints | None
-
-
-@dataclass(frozen=True, slots=True)
-class SpecPart:
-    """Rows that verify drafted tokens.
-
-    Args:
-        count: tokens, padding included where `tokens` is None.
-        tokens: [count] positions of its tokens, when other rows stand between them; None: all tokens of the batch.
-        state_indices: [B, S] int32, a state row for each token that a sequence may bring.
-        cu_seqlens: [B + 1] int32.
-        num_accepted_tokens: [B] int32, tokens accepted from the step before, at least 1.
-    """
-
-    count: int
-    tokens: Tensor | None
-    state_indices: Tensor
-    cu_seqlens: Tensor
-    num_accepted_tokens: Tensor
-
-
-class Shared:
-    """Tensors of a step that the first layer to ask makes on the device, and the other layers take.
-
-    Who made one and asks again is in another run over the same metadata and makes it again: vLLM captures a CUDA graph
-    on the metadata of the run before the capture, and replays must make the tensor from the values of their own step.
-    """
-
-    def __init__(self) -> None:
-        self._made: dict[str, tuple[object, Tensor]] = {}
-
-    def get(self, name: str, layer: object, make: Callable[[], Tensor]) -> Tensor:
-        made = self._made.get(name)
-        if made is None or made[0] is layer:
-            made = self._made[name] = (layer, make())
-        return made[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step's work. Decode and speculative rows never share a batch (the host sees to that)."""
-
-    num_tokens: int
-    decode: DecodePart | None = None
-    prefill: PrefillPart | None = None
-    spec: SpecPart | None = None
-    shared: Shared = field(default_factory=Shared, compare=False)
 
 
 def batch_of(metadata: Any, conv_history: int) -> Batch:
@@ -150,11 +45,15 @@ def translate(metadata: Any, conv_history: int) -> Batch:
     """
     speculative = metadata.spec_sequence_masks is not None and metadata.num_spec_decodes > 0
     others = metadata.num_prefills > 0 or metadata.num_decodes > 0
+    decode = _decode(metadata) if metadata.num_decodes > 0 and not speculative else None
+    prefill = _prefill(metadata, conv_history, speculative) if metadata.num_prefills > 0 else None
+    spec = _spec(metadata, others) if speculative else None
+    # Decodes stand in front of prefills; speculative rows and prefills take turns.
     return Batch(
-        num_tokens=metadata.num_actual_tokens,
-        decode=_decode(metadata) if metadata.num_decodes > 0 and not speculative else None,
-        prefill=_prefill(metadata, conv_history, speculative) if metadata.num_prefills > 0 else None,
-        spec=_spec(metadata, others) if speculative else None,
+        num_tokens=sum(part.count for part in (decode, prefill, spec) if part is not None),
+        decode=decode,
+        prefill=prefill,
+        spec=spec,
     )
 
 
@@ -170,11 +69,24 @@ def _tensor(metadata: Any, name: str) -> Tensor:
 
 def _decode(metadata: Any) -> DecodePart:
     rows = _tensor(metadata, "non_spec_state_indices_tensor")
-    # A pure decode batch may be padded to the size of a CUDA graph: its extra rows name the null block.
-    count = metadata.num_decode_tokens if metadata.num_prefills > 0 else metadata.num_actual_tokens
-    count = min(count, rows.shape[0])
+    alone = metadata.num_prefills == 0
+    # Decodes alone may be padded to the size of a CUDA graph: the extra rows name the null block.
+    count = min(metadata.num_actual_tokens if alone else metadata.num_decode_tokens, rows.shape[0])
     starts = _tensor(metadata, "non_spec_query_start_loc")
-    return DecodePart(count=count, state_indices=rows[:count], cu_seqlens=starts[: count + 1])
+    return DecodePart(
+        count=count,
+        state_indices=rows[:count],
+        cu_seqlens=starts[: count + 1],
+        padded=alone and _padded(rows, count, metadata.num_decode_tokens),
+    )
+
+
+def _padded(rows: Tensor, count: int, real: int) -> bool:
+    """Whether padding may stand among `count` tokens, `real` of which the host counts.
+
+    On a GPU, of a batch that could be captured: whatever it holds now, its replays may be padded.
+    """
+    return not rows.is_cpu or count > real
 
 
 def _prefill(metadata: Any, conv_history: int, speculative: bool) -> PrefillPart:
@@ -184,8 +96,7 @@ def _prefill(metadata: Any, conv_history: int, speculative: bool) -> PrefillPart
         first, count = 0, tokens.shape[0]
     else:
         tokens = None
-        first = metadata.num_decode_tokens
-        count = metadata.num_actual_tokens - first
+        first, count = metadata.num_decode_tokens, metadata.num_prefill_tokens
     return PrefillPart(
         first=first,
         count=count,
@@ -232,12 +143,18 @@ def _checkpoints(checkpoint: Any, cu_seqlens: Tensor, num_tokens: int, conv_hist
 
 def _spec(metadata: Any, others: bool) -> SpecPart:
     rows = _tensor(metadata, "spec_state_indices_tensor")
-    count = metadata.num_spec_decodes
+    sequences = metadata.num_spec_decodes
     tokens = _tensor(metadata, "spec_token_indx") if others else None
+    count = metadata.num_actual_tokens if tokens is None else tokens.shape[0]
+    started = has_initial_state(metadata)
+    if started is None:
+        raise ValueError("the metadata of speculative rows does not say which of them are fresh")
     return SpecPart(
-        count=metadata.num_actual_tokens if tokens is None else tokens.shape[0],
+        count=count,
         tokens=tokens,
-        state_indices=rows[:count],
-        cu_seqlens=_tensor(metadata, "spec_query_start_loc")[: count + 1],
-        num_accepted_tokens=_tensor(metadata, "num_accepted_tokens")[:count],
+        state_indices=rows[:sequences],
+        cu_seqlens=_tensor(metadata, "spec_query_start_loc")[: sequences + 1],
+        num_accepted_tokens=_tensor(metadata, "num_accepted_tokens")[:sequences],
+        has_initial_state=started[:sequences],
+        padded=tokens is None and _padded(rows, count, metadata.num_spec_decode_tokens),
     )

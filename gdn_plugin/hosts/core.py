@@ -1,0 +1,358 @@
+"""A layer's step on chosen backends: conv, gates, recurrence and gated norm of a batch. Knows tensors, and no host.
+
+Launches: a prefill part is conv_prologue, prefill and gated_norm; a decode part fused_decode, or conv_prologue, decode
+and gated_norm where the decode backend has no fused kernel; a speculative part conv_prologue, verify and gated_norm. In
+what form a backend takes its arguments is said by its row (`Wants`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdn_plugin import ops
+from gdn_plugin.hosts.batch import Batch, Checkpoints, DecodePart, PrefillPart, SpecPart
+from gdn_plugin.registry import Problem, Selection
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a rank's share of a layer looks like, and what its host promises; dtypes by name, as the registry has them.
+
+    Args:
+        spec_tokens: most tokens that a speculative row brings (drafts + 1); 0 without speculation.
+        checkpoints: the host may ask for states from the middle of a prefill.
+        null_index: pool rows up to this one hold no sequence; padding names them.
+        padding: what the ops may take for granted of padding sequences, see `gdn_plugin.ops`.
+    """
+
+    dtype: str
+    state_dtype: str
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    conv_width: int
+    spec_tokens: int = 0
+    checkpoints: bool = False
+    null_index: int = -1
+    padding: str = "any"
+
+    def problems(self) -> dict[str, Problem]:
+        """What the registry is to choose backends for.
+
+        Pools count as row-padded: hosts keep the states of a sequence side by side in one page. Speculative batches
+        count as ragged: drafts end early, at a stop, at the length limit, or where a drafter has no more to say.
+        """
+        used = ["conv_prologue", "prefill", "decode", "fused_decode", *(["verify"] if self.spec_tokens else [])]
+        problems = {
+            op: Problem(
+                op,
+                dtype=self.dtype,
+                state_dtype=self.state_dtype,
+                num_k_heads=self.num_k_heads,
+                num_v_heads=self.num_v_heads,
+                head_k_dim=self.head_k_dim,
+                head_v_dim=self.head_v_dim,
+                padded_pool=True,
+                checkpoints=self.checkpoints and op == "prefill",
+                max_spec_tokens=self.spec_tokens if op in ("verify", "conv_prologue") else 0,
+                ragged=op == "verify",
+                padding=self.padding if op in ("prefill", "decode", "verify") else "any",
+            )
+            for op in used
+        }
+        heads, dim = self.num_v_heads, self.head_v_dim
+        return problems | {"gated_norm": Problem("gated_norm", self.dtype, "float32", heads, heads, dim, dim)}
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The layer's weights and pools, read anew each step: the host may replace them.
+
+    Args:
+        conv_weight: [dim, W].
+        conv_state: [N, dim, W-1 + drafts] view, either physical order.
+        state: [N, Hv, V, K].
+    """
+
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    A_log: Tensor
+    dt_bias: Tensor
+    conv_state: Tensor
+    state: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GatedNorm:
+    """The gated RMSNorm behind the recurrence, where it is this call's to do. z: [T, Hv, V], last stride 1."""
+
+    z: Tensor
+    weight: Tensor
+    eps: float
+    gate: str
+
+
+class Core:
+    """Runs batches of a layer on the backends of `selection`."""
+
+    def __init__(self, shape: Shape, selection: Selection) -> None:
+        self.shape = shape
+        self.selection = selection
+        self._fuse_decode = selection.fuse_decode
+
+    def run(
+        self,
+        batch: Batch,
+        mixed_qkv: Tensor,
+        a: Tensor,
+        b: Tensor,
+        parameters: Parameters,
+        out: Tensor,
+        norm: GatedNorm | None = None,
+    ) -> None:
+        """Fill `out` for one step's batch and move the states on.
+
+        Args:
+            mixed_qkv: [T, 2*Hk*K + Hv*V], any row stride; T may exceed the batch's tokens (padding).
+            a, b: [T, Hv].
+            out: [T, Hv, V], may hold anything. Rows of padding tokens become zero (behind a norm whose z is NaN there,
+                NaN): a scale over all rows, or a router, must not see what memory held.
+        """
+        if batch.num_tokens < out.shape[0]:
+            out[batch.num_tokens :].zero_()
+        with ops.use(self.selection):
+            if batch.decode is not None:
+                self._decode(batch, batch.decode, mixed_qkv, a, b, parameters, out, norm)
+            if batch.spec is not None:
+                self._spec(batch.spec, mixed_qkv, a, b, parameters, out, norm)
+            if batch.prefill is not None:
+                self._prefill(batch, batch.prefill, mixed_qkv, a, b, parameters, out, norm)
+
+    def _decode(
+        self,
+        batch: Batch,
+        part: DecodePart,
+        mixed_qkv: Tensor,
+        a: Tensor,
+        b: Tensor,
+        p: Parameters,
+        out: Tensor,
+        norm: GatedNorm | None,
+    ) -> None:
+        mixed_qkv, a, b, out = (x[: part.count] for x in (mixed_qkv, a, b, out))
+        z = norm.z[: part.count] if norm is not None else None
+        if part.padded:
+            out.zero_()  # with `out` given, the ops leave padding's rows as they are
+        if self._fuse_decode:
+            ops.fused_decode(
+                mixed_qkv,
+                p.conv_weight,
+                p.conv_bias,
+                p.conv_state,
+                a,
+                b,
+                p.A_log,
+                p.dt_bias,
+                p.state,
+                part.state_indices,
+                num_k_heads=self.shape.num_k_heads,
+                head_k_dim=self.shape.head_k_dim,
+                head_v_dim=self.shape.head_v_dim,
+                z=z,
+                norm_weight=norm.weight if norm is not None else None,
+                norm_eps=norm.eps if norm is not None else 1e-6,
+                gate=norm.gate if norm is not None else "silu",
+                out=out,
+                null_index=self.shape.null_index,
+            )
+            return
+        q, k, v, _, _ = self._prologue(mixed_qkv, a, b, p, part.state_indices, part.cu_seqlens)
+        ops.decode(
+            q,
+            k,
+            v,
+            a,
+            b,
+            p.A_log,
+            p.dt_bias,
+            p.state,
+            self._rows(batch, "decode", part.state_indices),
+            use_qk_l2norm=False,
+            out=out,
+            null_index=self.shape.null_index,
+            padding=self.shape.padding,
+        )
+        self._norm(norm, out)
+
+    def _prefill(
+        self,
+        batch: Batch,
+        part: PrefillPart,
+        mixed_qkv: Tensor,
+        a: Tensor,
+        b: Tensor,
+        p: Parameters,
+        out: Tensor,
+        norm: GatedNorm | None,
+    ) -> None:
+        mixed_qkv, a, b = (_take(x, part.tokens, part.first, part.count) for x in (mixed_qkv, a, b))
+        wants = self.selection["prefill"].backend.wants
+        q, k, v, g, beta = self._prologue(
+            mixed_qkv,
+            a,
+            b,
+            p,
+            part.state_indices,
+            part.cu_seqlens,
+            has_initial_state=part.has_initial_state,
+            zero_fresh_rows=wants.zeroed_fresh_rows,
+            exp_gate=wants.exp_gate,
+        )
+        kept = part.checkpoints
+        emitted = p.state.new_empty((kept.count, *p.state.shape[1:])) if kept is not None else None
+        target = _target(out, part.tokens, part.first, part.count)
+        ops.prefill(
+            q,
+            k,
+            v,
+            g,
+            beta,
+            p.state,
+            self._rows(batch, "prefill", part.state_indices),
+            part.cu_seqlens,
+            has_initial_state=None if wants.zeroed_fresh_rows else part.has_initial_state,
+            use_qk_l2norm=False,
+            exp_gate=wants.exp_gate,
+            max_seqlen=part.max_seqlen,
+            out=target,
+            checkpoints=emitted,
+            checkpoint_cu_starts=kept.cu_starts if kept is not None else None,
+            checkpoint_every=kept.every if kept is not None else 0,
+            null_index=self.shape.null_index,
+            padding=self.shape.padding,
+        )
+        if kept is not None and emitted is not None:
+            _keep_states(p.state, kept, emitted)
+            history = mixed_qkv[kept.conv_tokens].transpose(1, 2)
+            p.conv_state[:, :, : self.shape.conv_width - 1].index_copy_(0, kept.rows, history.to(p.conv_state.dtype))
+        self._norm(norm, target, part.tokens, part.first)
+        if part.tokens is not None:
+            out.index_copy_(0, part.tokens, target)
+
+    def _spec(
+        self,
+        part: SpecPart,
+        mixed_qkv: Tensor,
+        a: Tensor,
+        b: Tensor,
+        p: Parameters,
+        out: Tensor,
+        norm: GatedNorm | None,
+    ) -> None:
+        mixed_qkv, a, b = (_take(x, part.tokens, 0, part.count) for x in (mixed_qkv, a, b))
+        # A sequence that nothing has been computed of starts from its first row, which may hold another user's state:
+        # the prologue zeroes it, in the launch it makes anyway.
+        q, k, v, _, _ = self._prologue(
+            mixed_qkv,
+            a,
+            b,
+            p,
+            part.state_indices[:, 0],
+            part.cu_seqlens,
+            has_initial_state=part.has_initial_state,
+            num_accepted_tokens=part.num_accepted_tokens,
+            zero_fresh_rows=True,
+        )
+        target = _target(out, part.tokens, 0, part.count)
+        if part.padded:
+            target.zero_()
+        ops.verify(
+            q,
+            k,
+            v,
+            a,
+            b,
+            p.A_log,
+            p.dt_bias,
+            p.state,
+            part.state_indices,
+            part.num_accepted_tokens,
+            part.cu_seqlens,
+            use_qk_l2norm=False,
+            out=target,
+            null_index=self.shape.null_index,
+            padding=self.shape.padding,
+        )
+        self._norm(norm, target, part.tokens)
+        if part.tokens is not None:
+            out.index_copy_(0, part.tokens, target)
+
+    def _rows(self, batch: Batch, op: str, rows: Tensor) -> Tensor:
+        """Row numbers as the op's backend takes them: a column of a wider block table is copied once a step."""
+        if rows.is_contiguous() or not self.selection[op].backend.wants.dense_rows:
+            return rows
+        return batch.shared.get(op, self, rows.contiguous)
+
+    def _norm(self, norm: GatedNorm | None, x: Tensor, tokens: Tensor | None = None, first: int = 0) -> None:
+        """The gated norm of a part without a fused kernel, in place."""
+        if norm is not None:
+            z = _take(norm.z, tokens, first, x.shape[0])
+            ops.gated_norm(x, z, norm.weight, eps=norm.eps, gate=norm.gate, out=x)
+
+    def _prologue(
+        self,
+        mixed_qkv: Tensor,
+        a: Tensor,
+        b: Tensor,
+        p: Parameters,
+        state_indices: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        has_initial_state: Tensor | None = None,
+        num_accepted_tokens: Tensor | None = None,
+        zero_fresh_rows: bool = False,
+        exp_gate: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return ops.conv_prologue(
+            mixed_qkv,
+            p.conv_weight,
+            p.conv_bias,
+            p.conv_state,
+            state_indices,
+            cu_seqlens,
+            has_initial_state,
+            a,
+            b,
+            p.A_log,
+            p.dt_bias,
+            num_k_heads=self.shape.num_k_heads,
+            head_k_dim=self.shape.head_k_dim,
+            head_v_dim=self.shape.head_v_dim,
+            state=p.state if zero_fresh_rows else None,
+            exp_gate=exp_gate,
+            num_accepted_tokens=num_accepted_tokens,
+            null_index=self.shape.null_index,
+        )
+
+
+def _keep_states(pool: Tensor, kept: Checkpoints, emitted: Tensor) -> None:
+    """The wanted ones of the emitted states to their pool rows."""
+    if pool.is_cpu:  # row by row: no buffer in between, whose pages a CPU would have to map first
+        for row, source in zip(kept.rows.tolist(), kept.emitted.tolist(), strict=True):
+            pool[row].copy_(emitted[source])
+    else:
+        pool.index_copy_(0, kept.rows, emitted.index_select(0, kept.emitted))
+
+
+def _take(x: Tensor, tokens: Tensor | None, first: int, count: int) -> Tensor:
+    """A part's tokens of x: a view where they are in one piece."""
+    return x[first : first + count] if tokens is None else x.index_select(0, tokens)
+
+
+def _target(out: Tensor, tokens: Tensor | None, first: int, count: int) -> Tensor:
+    """Where a part's outputs go: rows of `out` itself where its tokens are in one piece."""
+    return out[first : first + count] if tokens is None else torch.empty_like(out[:count])

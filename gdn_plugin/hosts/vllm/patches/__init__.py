@@ -1,0 +1,9 @@
+"""Each change to the host's or torch's own code, in a file of its own that says what, why, where and until when."""
+
+# File: (what it is for, when it is applied).
+PATCHES = {
+    "align_copies_on_cpu": ("prefix cache with drafts on a CPU", "when a layer is built in align mode with drafts"),
+    "freed_memory": ("page faults on a CPU", "in the profile run"),
+    "fresh_speculative_rows": ("a short prompt must not see another user's state", "when a layer is built with drafts"),
+    "saved_models": ("compiled models load again", "when a layer is built"),
+}

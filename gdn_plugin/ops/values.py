@@ -1,0 +1,112 @@
+"""Checks of tensor values, made only under GDN_PLUGIN_DEBUG=1: each copies from the device and so synchronises.
+
+They run inside the ops, in front of the backend and before anything is written, so that they also see the values that a
+compiled graph passes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from gdn_plugin.ops.check import fail
+
+
+def check(op: str, arguments: Mapping[str, Any]) -> None:
+    """Row numbers, offsets and counts of one call.
+
+    Raises:
+        ValueError: one of them leads outside of a tensor, names a row twice, or breaks a promise of `padding`.
+    """
+    rows = arguments.get("state_indices")
+    if rows is None:
+        return
+    pools = [arguments[name].shape[0] for name in ("state", "conv_state") if arguments.get(name) is not None]
+    null_index = arguments["null_index"]
+    _rows(op, rows, min(pools), null_index)
+    tokens = rows.shape[0]
+    lens = [1] * tokens
+    if "cu_seqlens" in arguments:
+        tokens = arguments["q" if op != "conv_prologue" else "mixed_qkv"].shape[0]
+        lens = _offsets(op, arguments["cu_seqlens"], tokens)
+    if op == "verify":
+        _speculative(op, arguments, lens, rows.shape[1], pools[0])
+        rows = rows[:, 0]
+    elif arguments.get("num_accepted_tokens") is not None:
+        most = arguments["conv_state"].shape[2] - arguments["conv_weight"].shape[1] + 2
+        _between(op, "num_accepted_tokens", arguments["num_accepted_tokens"], 1, most)
+        _at_most(op, lens, most)
+    if arguments.get("checkpoints") is not None:
+        _checkpoint_starts(op, arguments, lens)
+    _promises(op, arguments.get("padding", "any"), rows, null_index, tokens - sum(lens))
+
+
+def _rows(op: str, rows: Tensor, pool_rows: int, null_index: int) -> None:
+    """Every row that is not padding is in the pool and named once."""
+    named = [row for row in rows.flatten().tolist() if row > null_index]
+    if named and max(named) >= pool_rows:
+        fail(op, "state_indices", f"rows below N = {pool_rows}", max(named))
+    seen: set[int] = set()
+    for row in named:
+        if row in seen:
+            fail(op, "state_indices", "unique rows", f"row {row} more than once")
+        seen.add(row)
+
+
+def _promises(op: str, padding: str, rows: Tensor, null_index: int, padding_tokens: int) -> None:
+    """What `padding` says of rows <= null_index holds."""
+    null = [row for row in rows.tolist() if row <= null_index]
+    if padding == "none" and (null or padding_tokens):
+        what = f"row {null[0]}" if null else f"{padding_tokens} tokens past cu_seqlens[-1]"
+        fail(op, "padding", "no padding, as 'none' says", what)
+    if padding == "scratch" and any(null):
+        fail(op, "state_indices", "row 0 for padding, as padding='scratch' says", min(null))
+
+
+def _offsets(op: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """cu_seqlens starts at 0, never falls and stays within T. Returns the sequences' lengths."""
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0:
+        fail(op, "cu_seqlens", "first offset 0", offsets[0])
+    lens = [b - a for a, b in itertools.pairwise(offsets)]
+    if lens and min(lens) < 0:
+        fail(op, "cu_seqlens", "offsets that never fall", offsets)
+    if offsets[-1] > tokens:
+        fail(op, "cu_seqlens", f"offsets up to T = {tokens}", offsets[-1])
+    return lens
+
+
+def _speculative(op: str, arguments: Mapping[str, Any], lens: list[int], slots: int, pool_rows: int) -> None:
+    _at_most(op, lens, slots)
+    starts = arguments["start_rows"]
+    if starts is None:
+        _between(op, "num_accepted_tokens", arguments["num_accepted_tokens"], 1, slots)
+        return
+    # Those of empty sequences are not read, and two may be one.
+    for row, length in zip(starts.tolist(), lens, strict=True):
+        if length > 0 and row >= pool_rows:
+            fail(op, "start_rows", f"rows below N = {pool_rows}", row)
+
+
+def _between(op: str, name: str, counts: Tensor, least: int, most: int) -> None:
+    for n in counts.tolist():
+        if not least <= n <= most:
+            fail(op, name, f"values from {least} to {most}", n)
+
+
+def _at_most(op: str, lens: list[int], most: int) -> None:
+    if lens and max(lens) > most:
+        fail(op, "cu_seqlens", f"sequences of at most {most} tokens", max(lens))
+
+
+def _checkpoint_starts(op: str, arguments: Mapping[str, Any], lens: list[int]) -> None:
+    """Row ranges that fit the sequences and the buffer."""
+    starts, every = arguments["checkpoint_cu_starts"].tolist(), arguments["checkpoint_every"]
+    rows = arguments["checkpoints"].shape[0]
+    for i, length in enumerate(lens):
+        if starts[i] < 0 or starts[i + 1] - starts[i] < length // every or starts[i + 1] > rows:
+            expected = f"{length // every} rows within [0, {rows}] for sequence {i} of {length} tokens"
+            fail(op, "checkpoint_cu_starts", expected, f"{starts[i]} to {starts[i + 1]}")

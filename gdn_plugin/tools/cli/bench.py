@@ -1,0 +1,154 @@
+"""`gdn-plugin bench`: numbers checked first, then interleaved timings, medians and ratios."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from pathlib import Path
+
+from gdn_plugin.registry import DTYPES, backend_names
+from gdn_plugin.tools.cli.problem import STATE_DTYPES
+from gdn_plugin.tools.cli.values import BadArguments, as_json, names, output, picture, seconds, write
+
+MIXES = {
+    "prefill": ("1x2048", "8x512"),
+    "conv_prologue": ("1x2048",),
+    "decode": ("1", "32"),
+    "fused_decode": ("1", "32"),
+    "verify": ("8x4",),
+    "gated_norm": ("1x2048",),
+}
+# Whom `contenders.OTHERS` knows; a test holds the two together, so that --help need not import torch.
+OTHERS = ("vllm", "transformers", "fla", "flashinfer-as-vllm", "flashinfer-raw")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", action="append", choices=tuple(MIXES), help="an op; may be repeated (default: all)")
+    parser.add_argument(
+        "--phase", action="append", choices=("prefill", "decode", "verify"), help="the same as --op, by phase"
+    )
+    parser.add_argument(
+        "--backend", type=names(backend_names), help="ours, joined by commas (default: all this machine can run)"
+    )
+    parser.add_argument(
+        "--against",
+        type=names(lambda: (*OTHERS, *backend_names())),
+        default=(),
+        help="vllm, transformers, fla, flashinfer-raw, flashinfer-as-vllm",
+    )
+    parser.add_argument("--shape", default="qwen3-next", help="a named shape, or Hk,Hv,K,V (--list names them)")
+    parser.add_argument("--mix", help="batch mixes joined by commas: 8x1024, 1+64+513, ragged; decode: 32")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES[:3])
+    parser.add_argument("--state-dtype", default="float32", choices=STATE_DTYPES)
+    parser.add_argument("--graph", action="store_true", help="replay CUDA graphs (CUDA only)")
+    parser.add_argument("--seconds", type=seconds, default=10.0, help="time for one comparison (default 10)")
+    parser.add_argument(
+        "--engine", metavar="MODEL", help="seconds of vLLM's own benchmark on this model, stock and plugin in turn"
+    )
+    parser.add_argument("--json", type=output, metavar="FILE", help="write the rows, after each comparison")
+    parser.add_argument("--plot", type=picture, metavar="FILE", help="draw them as PNG (needs matplotlib)")
+    parser.add_argument("--list", action="store_true", help="the named shapes")
+
+
+def run(args: argparse.Namespace) -> int:
+    from gdn_plugin.tools.bench import shapes
+
+    if args.list:
+        for name, heads in shapes.SHAPES.items():
+            print(f"{name:18} Hk={heads.k_heads:<3} Hv={heads.v_heads:<3} K={heads.k_dim:<4} V={heads.v_dim}")
+        return 0
+    if args.engine:
+        from gdn_plugin.tools.bench import engine
+
+        return engine.main(args.engine, args.dtype, args.json)
+
+    import torch
+    from tqdm import tqdm
+
+    from gdn_plugin.tools.bench import report, timing
+    from gdn_plugin.tools.bench.run import Row, able, as_rows, compare, host_overhead_us
+
+    ops = tuple(dict.fromkeys((args.op or []) + (args.phase or []))) or tuple(MIXES)
+    mixes = {op: tuple(args.mix.split(",")) if args.mix is not None else MIXES[op] for op in ops}
+    try:
+        heads = shapes.parse_shape(args.shape)
+        for op in ops:
+            for mix in mixes[op]:
+                shapes.parse_batch(op, mix)
+    except ValueError as exc:
+        raise BadArguments(str(exc)) from exc
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.graph and device != "cuda":
+        raise BadArguments("--graph needs a CUDA device, and there is none")
+
+    ours = {op: list(args.backend or able(op, heads, args.dtype, args.state_dtype)) for op in ops}
+    contenders = {op: tuple(dict.fromkeys((*ours[op], *args.against))) for op in ops}
+    rows: list[Row] = []
+    overhead: dict[str, float] = {}
+    facts = report.machine(device)
+    limits: dict[str, float] = {}
+
+    def save() -> None:
+        if args.json:
+            data = {"machine": facts, "limits": limits, "rows": as_rows(rows), "host_overhead_us": overhead}
+            write(args.json, as_json(data))
+
+    steps = sum((1 + len(mixes[op])) * len(contenders[op]) for op in ops)
+    with tqdm(total=steps, disable=None, leave=False, bar_format="{n}/{total} {desc}") as bar:
+
+        def progress(text: str) -> None:
+            bar.update()
+            bar.set_description_str(text)
+
+        bar.set_description_str("measuring copy bandwidth and matmul rate")
+        limits |= timing.ceilings(device)
+        try:
+            for op in ops:
+                for mix in mixes[op]:
+                    rows += compare(
+                        op,
+                        contenders[op],
+                        args.shape,
+                        mix,
+                        device=device,
+                        limits=limits,
+                        dtype=args.dtype,
+                        state_dtype=args.state_dtype,
+                        graph=args.graph,
+                        seconds=args.seconds,
+                        progress=progress,
+                    )
+                    save()
+                for name in ours[op]:
+                    progress(f"{op}: host time of a call of {name}")
+                    if any(row.op == op and row.contender == name and row.us for row in rows):
+                        overhead[f"{op} {name}"] = host_overhead_us(op, name, device)
+                        save()
+        finally:  # what was measured before an interruption is shown as well
+            bar.close()
+            if rows:
+                print(_text(facts, limits, rows, overhead), flush=True)
+    if args.plot:
+        _plot(rows, args.plot, facts, limits)
+    return 0 if any(row.us for row in rows) else 1
+
+
+def _text(facts: dict[str, str], limits: dict[str, float], rows: list, overhead: dict[str, float]) -> str:
+    from gdn_plugin.tools.bench import report
+
+    copy, matmul = limits["copy_bytes_per_s"], limits["matmul_flops_per_s"]
+    lines = [
+        textwrap.fill(", ".join(f"{key} {value}" for key, value in facts.items()), 80),
+        f"copy {copy / 1e9:.0f} GB/s (read + write), bf16 matmul {matmul / 1e9:.0f} GFLOP/s\n",
+        report.table(rows),
+    ]
+    if overhead:
+        lines.append("\none call of a problem of next to no work, in us of host time:")
+        lines += [f"  {name:30}{us:8.1f}" for name, us in overhead.items()]
+    return "\n".join(lines)
+
+
+def _plot(rows: list, path: Path, facts: dict[str, str], limits: dict[str, float]) -> None:
+    from gdn_plugin.tools.bench import report
+
+    report.plot(rows, path, "  ".join(f"{key} {value}" for key, value in facts.items()), limits)

@@ -1,0 +1,172 @@
+"""The ops' contract (docstring of gdn_plugin.ops), every backend over the same cases, through the public functions.
+
+What `checks.check` asks of each: the right numbers; not a bit changed in a row, a page tail or a guard row that no live
+sequence names; inputs as they were; padding tokens zero, or in buffers that were handed over zero or untouched. A
+backend whose checks refuse a case must say why, and auto must serve the case all the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gdn_plugin.ops import cases
+from gdn_plugin.ops.cases import Heads
+from gdn_plugin.registry import NoBackendError
+from tests.contract.site import CPU, Site, no_self_check, pytest_generate_tests, site  # noqa: F401
+from tests.support.checks import check
+from tests.support.public import precision, public
+
+SITE = CPU
+NOBODY_REFUSES = False
+HALF, BF16, FP32, INT64 = torch.float16, torch.bfloat16, torch.float32, torch.int64
+MAKERS = {
+    "conv_prologue": cases.conv_prologue_case,
+    "prefill": cases.prefill_case,
+    "decode": cases.decode_case,
+    "fused_decode": cases.fused_decode_case,
+    "verify": cases.verify_case,
+    "gated_norm": cases.gated_norm_case,
+}
+
+STATE_OPS = ("prefill", "decode", "fused_decode", "verify", "conv_prologue")
+# The keyword features that mean the same for several ops: name -> (ops, keywords).
+SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "plain": (tuple(MAKERS), {}),
+    "strided": (tuple(MAKERS), {"gap": 64}),
+    "strided, unaligned": (tuple(MAKERS), {"gap": 3}),
+    "row numbers apart": (STATE_OPS, {"index_stride": 3}),
+    "dense pools": (STATE_OPS, {"page_tail": 0}),
+    "unaligned pools": (STATE_OPS, {"page_tail": 3}),
+    "wide pages": (STATE_OPS, {"page_tail": 4096}),
+    "fp32 gates": (("conv_prologue", "decode", "fused_decode", "verify"), {"io_dtype": BF16, "gate_dtype": FP32}),
+    **{
+        f"{str(io)[6:]}, state {str(state)[6:]}": (STATE_OPS, {"io_dtype": io, "state_dtype": state})
+        for io in (FP32, BF16, HALF)
+        for state in (FP32, BF16, HALF)
+    },
+    **{f"value heads {r} a key head": (STATE_OPS, {"ratio": r}) for r in (1, 3, 8)},
+    # The sequences that a feature names are those of the lens below.
+    "padding that has tokens": (STATE_OPS, {"padding": (0, 2)}),
+    "padding that has tokens, null row 0": (STATE_OPS, {"padding": (1,), "null_index": 0}),
+    "only padding": (STATE_OPS, {"padding": (0, 1, 2, 3)}),
+    "only padding, no rows": (STATE_OPS, {"padding": (0, 1, 2, 3), "pool_rows": 0}),
+    "scratch row": (("prefill", "decode", "verify"), {"padding": (1, 3), "promise": "scratch"}),
+    "scratch row, bf16": (
+        ("prefill", "decode", "verify"),
+        {"padding": (1, 3), "promise": "scratch", "io_dtype": BF16, "state_dtype": BF16},
+    ),
+    "no padding": (("prefill", "decode", "verify"), {"promise": "none"}),
+    "tokens past the end": (("prefill", "verify", "conv_prologue"), {"pad_tokens": 70}),
+    "int64 offsets": (("prefill", "verify", "conv_prologue"), {"offsets_dtype": INT64}),
+    "no sequences": (("prefill", "verify", "conv_prologue"), {"lens": (), "pad_tokens": 3}),
+    "no tokens": (("prefill", "verify", "conv_prologue"), {"lens": (0, 0)}),
+    "nothing": (("prefill", "verify", "conv_prologue"), {"lens": ()}),
+    "no batch": (("decode", "fused_decode"), {"batch": 0}),
+    "one": (("decode", "fused_decode"), {"batch": 1}),
+    "DS layout": (("conv_prologue", "fused_decode"), {"layout": "DS", "extra_columns": 2}),
+    "SD layout": (("conv_prologue", "fused_decode"), {"layout": "SD", "extra_columns": 2}),
+    "shared pages": (("conv_prologue", "fused_decode"), {"layout": "SD", "shared": True, "gap": 64, "io_dtype": BF16}),
+    "fp32 conv_state": (("conv_prologue", "fused_decode"), {"io_dtype": BF16, "conv_dtype": FP32}),
+    "fp16 conv_state": (("conv_prologue", "fused_decode"), {"io_dtype": BF16, "conv_dtype": HALF}),
+    "no bias": (("conv_prologue", "fused_decode"), {"bias": False}),
+    "width 2": (("conv_prologue", "fused_decode"), {"width": 2}),
+    "width 3": (("conv_prologue", "fused_decode"), {"width": 3, "layout": "SD"}),
+}
+FRESH = {"fresh": (1, 2), "index_stride": 2}
+OWN: dict[str, dict[str, dict[str, Any]]] = {
+    "prefill": {
+        "one-token prompts": {"lens": (1, 1, 1, 1), "fresh": (0, 2)},
+        "odd lengths": {"lens": (63, 129, 31)},
+        "whole chunks": {"lens": (64, 128)},
+        "empty between": {"lens": (0, 65, 0, 0, 3, 0)},
+        "longest is known": {"lens": (65, 2), "hint_seqlen": True},
+        "fresh rows hold NaN": FRESH,
+        "all fresh": {"fresh": (0, 1, 2, 3)},
+        "has_initial_state None": {"fresh": None},
+        "fresh rows of zeros": {"fresh": (1, 2), "zeroed_fresh": True},
+        "checkpoints": {"lens": (64, 0, 200, 63), "checkpoint_every": 64, "fresh": (2,)},
+        "checkpoints of 128": {"lens": (300, 127), "checkpoint_every": 128},
+        "checkpoints and padding": {"lens": (64, 130), "checkpoint_every": 64, "padding": (0,), "pad_tokens": 3},
+        "fp32 checkpoints of a bf16 pool": {
+            "lens": (130,), "checkpoint_every": 64, "state_dtype": BF16, "checkpoint_dtype": FP32, "io_dtype": BF16,
+        },
+        "bf16 checkpoints of an fp32 pool": {"lens": (130,), "checkpoint_every": 64, "checkpoint_dtype": BF16},
+        "exp gate": {"exp_gate": True},
+        "decays down to exp(-20)": {"gate": "strong", "lens": (130, 5)},
+        "decays of 0": {"gate": "wipe", "lens": (130, 5)},
+        "decays of 0, exp gate": {"gate": "wipe", "lens": (130, 5), "exp_gate": True},
+        "correlated keys": {"keys": "correlated", "gate": "none", "lens": (130,)},
+        "norm inside": {"use_qk_l2norm": True, "io_dtype": BF16},
+        "scale": {"scale": 0.5},
+        "scale 0": {"scale": 0.0},
+    },
+    "decode": {"no norm": {"use_qk_l2norm": False}},
+    "fused_decode": {
+        "sigmoid": {"gate": "sigmoid", "io_dtype": BF16},
+        "no norm": {"norm": False},
+    },
+    "verify": {
+        "one slot": {"lens": (1, 1), "slots": 1},
+        "all accepted": {"accepted": (4, 4, 4, 4)},
+        "even": {"lens": (4, 4, 4)},
+        "even, no padding": {"lens": (4, 4, 4), "promise": "none", "io_dtype": BF16, "state_dtype": BF16},
+        "empty between": {"lens": (0, 3, 0, 2)},
+        "states that are not wanted": {"null_slots": ((0, 1), (2, 0)), "accepted": (1, 1, 2, 1)},
+        "start rows": {"start_rows": True, "padding": (2,)},
+        "no norm": {"use_qk_l2norm": False},
+    },
+    "conv_prologue": {
+        "shorter than the window": {"lens": (1, 2, 3, 4), "fresh": (1,)},
+        "long": {"lens": (70, 0, 130), "fresh": (2,)},
+        "fresh rows hold NaN": FRESH,
+        "has_initial_state None": {"fresh": None},
+        "exp gate": {"exp_gate": True, "pad_tokens": 3, "padding": (1,)},
+        "no state": {"state_dtype": None},
+        "speculative": {"lens": (0, 1, 2, 4, 3), "accepted": (1, 2, 3, 4, 1), "padding": (3,)},
+        "speculative, has_initial_state None": {"lens": (3, 3), "accepted": (1, 3), "fresh": None},
+        "speculative, a fresh one": {"lens": (1, 3, 2), "accepted": (1, 3, 2), "fresh": (0, 2)},
+        "speculative, SD": {"lens": (3, 3), "accepted": (1, 3), "layout": "SD", "extra_columns": 5, "pad_tokens": 2},
+        "speculative, width 2": {"lens": (2, 3), "accepted": (2, 1), "width": 2, "state_dtype": None},
+    },
+    "gated_norm": {
+        **{f"{gate}, {str(io)[6:]}": {"gate": gate, "io_dtype": io}
+           for gate in ("silu", "sigmoid") for io in (FP32, BF16, HALF)},
+        "fp32 weight": {"weight_dtype": FP32, "io_dtype": BF16},
+        "in place": {"in_place": True},
+        "in place, strided": {"in_place": True, "gap": 64, "io_dtype": BF16},
+        "eps": {"eps": 0.3},
+        "one token": {"tokens": 1},
+        "many tokens": {"tokens": 300},
+        "no tokens": {"tokens": 0},
+    },
+}  # fmt: skip
+LENS = {"prefill": (66, 3, 1, 2), "verify": (3, 1, 4, 2), "conv_prologue": (5, 1, 9, 2)}
+TABLE = [(op, name) for name, (of, _) in SHARED.items() for op in of] + [(op, name) for op in OWN for name in OWN[op]]
+
+
+def build(site: Site, op: str, name: str) -> cases.Case:  # noqa: F811
+    keywords: dict[str, Any] = {"io_dtype": site.io, "heads": site.heads, "device": site.device}
+    keywords |= {"lens": LENS[op]} if op in LENS else {} if op == "gated_norm" else {"batch": 4}
+    keywords |= SHARED[name][1] if op in SHARED.get(name, ((),))[0] else OWN[op][name]
+    if ratio := keywords.pop("ratio", 0):
+        _, _, K, V = site.heads
+        key_heads = 1 if site.slow else 2
+        keywords["heads"] = Heads(key_heads, key_heads * ratio, K, V)
+    return MAKERS[op](**keywords)
+
+
+def test_contract(site, op, name, backend, form):  # noqa: F811
+    case = build(site, op, name)
+
+    def serve(who: str | None) -> None:
+        column = precision(op, who, case.io_dtype, site.device)
+        check(public(op, who, out=form == "out"), case, precision=column, zero_padding=form == "returning")
+
+    try:
+        serve(backend)
+    except NoBackendError as refusal:
+        assert backend not in site.runs, f"{backend} must run this: {refusal}"
+        assert f"{backend}:" in str(refusal) and "needs" in str(refusal), refusal
+        serve(None)

@@ -1,0 +1,181 @@
+"""Changes to the host's own code: each is declared; the one that keeps users apart does so in every batch."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn_plugin.hosts.vllm import compat, patches
+from gdn_plugin.hosts.vllm.metadata import translate
+from gdn_plugin.hosts.vllm.patches import fresh_speculative_rows
+from gdn_plugin.hosts.vllm.patches.fresh_speculative_rows import has_initial_state, tell_fresh_rows
+
+FILES = sorted(path for path in Path(patches.__file__).parent.glob("*.py") if path.stem != "__init__")
+needs_vllm = pytest.mark.skipif(compat.installed_root() is None, reason="vLLM is not installed")
+
+
+def test_every_patch_is_in_the_table() -> None:
+    assert sorted(patches.PATCHES) == [path.stem for path in FILES]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_patch_says_what_it_changes_why_where_and_until_when(path: Path) -> None:
+    said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    order = re.findall(r"^(Changes|Why|Versions|Retires):", said, re.MULTILINE)
+    assert order == ["Changes", "Why", "Versions", "Retires"], said
+    assert all(re.search(rf"^{word}: +\S.{{3,}}", said, re.MULTILINE) for word in order)
+
+
+SPEC = 4
+
+
+class FakeBuilder:
+    """The host's class as the patch sees it; `stage` as under full CUDA graphs: metadata in buffers of the builder."""
+
+    def __init__(self, stage: bool) -> None:
+        self.vllm_config = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
+        self.decode_cudagraph_max_bs = 6
+        self.stage = stage
+        self.accepted = torch.full((8,), 99, dtype=torch.int32)
+
+    def build(self, common_prefix_len: int, common_attn_metadata: Any, accepted: Tensor, drafts: Tensor) -> Any:
+        mask = drafts >= 0
+        count = int(mask.sum())
+        lengths = common_attn_metadata.query_start_loc_cpu.diff()
+        alone = int(lengths[~mask].sum()) == 0
+        kept = accepted[:count] if alone else accepted[mask]
+        if alone and self.stage:
+            self.accepted[:count] = kept
+            self.accepted[count : len(mask)] = 1
+            kept = self.accepted[: len(mask)]
+        return SimpleNamespace(
+            num_spec_decodes=count, spec_sequence_masks_cpu=mask if count else None, num_accepted_tokens=kept
+        )
+
+    def update_block_table(self, metadata: Any, blk_table: Any, slot_mapping: Any) -> Any:
+        fields = ("num_spec_decodes", "spec_sequence_masks_cpu", "num_accepted_tokens")
+        return SimpleNamespace(**{name: getattr(metadata, name) for name in fields})
+
+
+@pytest.fixture
+def builder(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[FakeBuilder]]:
+    class Builder(FakeBuilder):
+        build = FakeBuilder.build
+        update_block_table = FakeBuilder.update_block_table
+
+    module = SimpleNamespace(GDNAttentionMetadataBuilder=Builder)
+    monkeypatch.setitem(sys.modules, fresh_speculative_rows._MODULE, module)
+    assert tell_fresh_rows() and not tell_fresh_rows()
+    yield Builder
+
+
+def step(builder: Any, rows: list[tuple[int, int, int, int]]) -> Any:
+    """rows: (computed, tokens, accepted, drafts or -1)."""
+    computed, tokens, accepted, drafts = (torch.tensor(column, dtype=torch.int32) for column in zip(*rows, strict=True))
+    starts = torch.cat((torch.zeros(1, dtype=torch.int32), tokens.cumsum(0).int()))
+    common = SimpleNamespace(query_start_loc_cpu=starts, seq_lens_cpu_upper_bound=computed + tokens)
+    return builder.build(0, common, accepted, drafts)
+
+
+@pytest.mark.parametrize("stage", [False, True], ids=["eager", "graphs"])
+def test_fresh_rows_are_told_from_step_to_step(builder: type[FakeBuilder], stage: bool) -> None:
+    made = builder(stage)
+    first = step(made, [(9, 4, 2, 3), (20, 4, 4, 3)])
+    assert has_initial_state(first).tolist() == [True, True]
+    at = has_initial_state(first).data_ptr()
+    # a prompt of one token with placeholder drafts, in a row whose number of accepted tokens is another request's
+    second = step(made, [(11, 4, 3, 3), (0, 4, 3, 3), (24, 1, 2, 0)])
+    assert has_initial_state(second).tolist() == [True, False, True]
+    assert second.num_accepted_tokens.tolist() == [3, 1, 2]
+    assert has_initial_state(second).data_ptr() == at  # where a captured graph reads
+    third = step(made, [(12, 4, 1, 3), (1, 4, 1, 3), (25, 2, 2, 1)])
+    assert has_initial_state(third).tolist() == [True, True, True]
+    # rows of padding behind the real ones, as a graph of four is replayed
+    fourth = step(made, [(12, 4, 1, 3), (0, 4, 2, 3), (0, 0, 1, -1), (0, 0, 1, -1)])
+    assert has_initial_state(fourth).tolist() == [True, False] + [True, True] * stage
+    assert fourth.num_accepted_tokens.tolist() == [1, 1] + [1, 1] * stage
+
+
+def test_fresh_rows_between_prefills(builder: type[FakeBuilder]) -> None:
+    metadata = step(builder(True), [(0, 30, 1, -1), (0, 4, 4, 3), (7, 2, 2, 1), (64, 9, 3, -1), (0, 1, 3, 0)])
+    assert has_initial_state(metadata).tolist() == [False, True, False]
+    assert metadata.num_accepted_tokens.tolist() == [1, 2, 1]
+
+
+def test_other_groups_of_the_same_batch_share_the_fact(builder: type[FakeBuilder]) -> None:
+    made = builder(True)
+    metadata = step(made, [(9, 4, 2, 3), (0, 4, 2, 3)])
+    other = builder(True).update_block_table(metadata, None, None)
+    assert has_initial_state(other) is has_initial_state(metadata)
+
+
+def test_batches_without_speculative_rows_are_left_alone(builder: type[FakeBuilder]) -> None:
+    metadata = step(builder(True), [(0, 30, 1, -1), (64, 9, 3, -1)])
+    assert has_initial_state(metadata) is None
+
+
+def test_a_batch_that_does_not_say_is_refused() -> None:
+    """Rather than served: it may hold another user's state."""
+    from tests.host.steps import Request, Row, Step, build_metadata
+
+    empty = torch.empty(0, 1)
+    metadata = build_metadata(Step([Row(Request([1, 2, 3], empty, empty, empty, done=4), 1, 2)]), 3)
+    assert translate(metadata, 3).spec.has_initial_state.tolist() == [True]
+    setattr(metadata, fresh_speculative_rows._FACT, None)
+    with pytest.raises(ValueError, match="which of them are fresh"):
+        translate(metadata, 3)
+
+
+@needs_vllm
+def test_the_hosts_own_builder_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's builder as it is installed, on a batch of V1's making: two running requests and a prompt of one token."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends import gdn_attn
+
+    host = gdn_attn.GDNAttentionMetadataBuilder
+    for name in ("build", "update_block_table"):
+        original = getattr(host, name)
+        monkeypatch.setattr(host, name, getattr(original, "__wrapped__", original))
+    tell_fresh_rows()
+    made = host.__new__(host)
+    made.vllm_config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=4), cache_config=SimpleNamespace(mamba_cache_mode="none")
+    )
+    made.kv_cache_spec = SimpleNamespace(block_size=64, num_speculative_blocks=SPEC - 1)
+    made.use_spec_decode, made.num_spec, made.use_full_cuda_graph, made.decode_cudagraph_max_bs = (
+        True,
+        SPEC - 1,
+        True,
+        16,
+    )
+    for name, shape in (
+        ("spec_state_indices_tensor", (16, SPEC)), ("spec_token_indx", (64,)), ("non_spec_token_indx", (64,)),
+        ("spec_query_start_loc", (17,)), ("num_accepted_tokens", (16,)),
+    ):  # fmt: skip
+        setattr(made, name, torch.zeros(shape, dtype=torch.int32))
+    made.spec_sequence_masks = torch.zeros(16, dtype=torch.bool)
+    starts = torch.tensor([0, 4, 8, 12, 12], dtype=torch.int32)
+    lengths = torch.tensor([20, 4, 31, 0], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=starts, query_start_loc_cpu=starts, seq_lens=lengths, seq_lens_cpu_upper_bound=lengths,
+        num_reqs=4, num_actual_tokens=16, max_query_len=4, max_seq_len=31,
+        block_table_tensor=torch.arange(1, 4 * SPEC + 1, dtype=torch.int32).view(4, SPEC),
+        slot_mapping=torch.zeros(16, dtype=torch.int64),
+    )  # fmt: skip
+    accepted = torch.tensor([2, 3, 4, 1], dtype=torch.int32)
+    metadata = made.build(0, common, accepted, torch.tensor([3, 3, 3, -1], dtype=torch.int32))
+    assert has_initial_state(metadata).tolist() == [True, False, True, True]
+    assert metadata.num_accepted_tokens.tolist() == [2, 1, 4, 1]
+    part = translate(metadata, 3).spec
+    assert part.has_initial_state.tolist() == [True, False, True] and part.state_indices.shape == (3, SPEC)
+    shared = made.update_block_table(metadata, common.block_table_tensor + 100, common.slot_mapping)
+    assert has_initial_state(shared) is has_initial_state(metadata)

@@ -1,0 +1,63 @@
+"""Nobody gets to see what the blocks of former users hold: a real engine, NaN in every block that is handed out."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.host.engines import LLM, needs_vllm, repeated, run_in_subprocess, tokens
+
+pytestmark = [pytest.mark.engine, needs_vllm]
+
+BLOCK = 256  # tokens, of the prefix cache in fp32
+CACHED = tokens(BLOCK + 1, 11)  # all but its last token may come from the cache
+COMPANY = [[3] * 40, [9] * 20, tokens(60, 12), repeated(50, 7, 13)]
+PROMPTS = [[7], [7, 8], [7, 8, 9], [42], [5, 5]]
+# The numbers of drafts that a step may bring to a fresh row are all in tests/host/test_core.py.
+MATRIX = [("ngram", 1, False), ("ngram", 4, True), ("mtp", 2, True), ("mtp", 3, False)]
+REST = [
+    (method, drafts, cache)
+    for method in ("ngram", "mtp")
+    for drafts in (1, 2, 3, 4)
+    for cache in (False, True)
+    if (method, drafts, cache) not in MATRIX
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "drafts", "cache"),
+    [*MATRIX, *(pytest.param(*row, marks=pytest.mark.slow) for row in REST)],
+    ids=lambda value: ("cache" if value else "no-cache") if isinstance(value, bool) else None,
+)
+def test_short_prompts_in_recycled_blocks(
+    checkpoint: Path, tmp_path: Path, method: str, drafts: int, cache: bool
+) -> None:
+    drafting: dict[str, Any] = {"method": method, "num_speculative_tokens": drafts}
+    if method == "ngram":
+        drafting |= {"prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    llm = {**LLM, "max_num_seqs": 2, "enable_prefix_caching": cache, "speculative_config": drafting}
+    prompts = PROMPTS + [CACHED] * cache
+    job = {
+        "llm": {"model": str(checkpoint), **llm},
+        "prompts": prompts,
+        "company": COMPANY,
+        "prime": [CACHED] * cache,
+    }
+    script = Path(__file__).with_name("poison_engine.py")
+    result, log = run_in_subprocess(job, tmp_path, "poison", script=script)
+    assert result is not None, log[-4000:]
+    seen = result["seen"]
+    assert seen["poisoned"] > 0 and seen["fresh speculative rows"] > 0, seen
+    # With MTP the host computes the last cached block anew, so no tail is that short.
+    tail = cache and method == "ngram"
+    assert bool(seen["tails of one token"]) == tail, seen
+    for prompt, alone, companies in zip(prompts, result["alone"], result["in company"], strict=True):
+        assert all(map(math.isfinite, alone["logprobs"]))
+        for said in companies:
+            assert said["tokens"] == alone["tokens"], f"a prompt of {len(prompt)} tokens"
+            assert said["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-3)
+        if tail and prompt is CACHED:
+            assert {said["cached"] for said in companies} == {BLOCK}
