@@ -43,6 +43,9 @@ TABLE: Mapping[str, Setting] = {
 }
 
 
+_REQUESTS = {None: f"{PREFIX}BACKEND"} | {phase: f"{PREFIX}{phase.upper()}_BACKEND" for phase in PHASES}
+
+
 def disabled() -> bool:
     """GDN_PLUGIN_DISABLE: stay out of the way."""
     return _switch("GDN_PLUGIN_DISABLE")
@@ -65,7 +68,7 @@ def cache() -> str | None:
 
 def backend_request(phase: str | None = None) -> tuple[str, str] | None:
     """(variable, its value) that asks for a backend of one phase, or of every phase; None where it is unset."""
-    name = f"{PREFIX}BACKEND" if phase is None else f"{PREFIX}{phase.upper()}_BACKEND"
+    name = _REQUESTS[phase]
     raw = value(name)
     return None if raw is None else (name, raw)
 
@@ -93,7 +96,8 @@ def in_force() -> dict[str, str | None]:
 
 def value(name: str) -> str | None:
     """A variable's value; None where it is unset or empty."""
-    return os.environ.get(name, "").strip() or None
+    found = os.environ.get(name)
+    return None if found is None else found.strip() or None
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -49,16 +49,26 @@ def inputs(record: Op, arguments: Mapping[str, Any]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for argument in record.values:
         _plain(op, argument, arguments[argument.name], sizes)
+    io, device = (lead.dtype, lead.device) if isinstance(lead, Tensor) else (None, None)
     for argument in record.tensors:
-        value = arguments[argument.name]
-        if value is not None or not argument.optional:
-            _tensor(op, argument.name, argument, value, lead, record.lead)
-            shape = value.shape
-            for dim, letter in argument.letters:
-                if sizes.setdefault(letter, shape[dim]) != shape[dim]:
-                    _wrong_shape(record, argument.name, argument, value, sizes)
-            if argument.layout != ANY:
-                _layout(op, argument.name, argument.layout, value)
+        x = arguments[argument.name]
+        if x is None and argument.optional:
+            continue
+        allowed = _allowed(argument.dtypes, None if x is lead else io)
+        good = isinstance(x, Tensor) and x.dtype in allowed and x.device == device
+        shape = x.shape if good else ()
+        if len(shape) != len(argument.shape):
+            _wrong_tensor(op, argument.name, argument, x, lead, record.lead)
+        for dim, letter in argument.letters:
+            size = shape[dim]
+            if sizes.setdefault(letter, size) != size:
+                _wrong_shape(record, argument.name, argument, x, sizes)
+        layout = argument.layout
+        if layout == DENSE:
+            if not x.is_contiguous():
+                _layout(op, argument.name, layout, x)
+        elif layout != ANY and not (layout == INNER and x.stride(-1) == 1):
+            _layout(op, argument.name, layout, x)
     for rule in record.rules:
         broken = rule(arguments)
         if broken is not None:
@@ -74,7 +84,10 @@ def outputs(record: Op, arguments: Mapping[str, Any], buffers: Sequence[Any], si
     lead = arguments[record.lead]
     for argument, buffer in zip(record.outputs, buffers, strict=True):
         name = "out" if len(record.outputs) == 1 else f"out.{argument.name}"
-        _tensor(record.name, name, argument, buffer, lead, record.lead)
+        allowed = _allowed(argument.dtypes, lead.dtype)
+        good = isinstance(buffer, Tensor) and buffer.dtype in allowed and buffer.device == lead.device
+        if not good or buffer.dim() != len(argument.shape):
+            _wrong_tensor(record.name, name, argument, buffer, lead, record.lead)
         if tuple(buffer.shape) != tuple(sizes[letter] for letter in argument.shape):
             _wrong_shape(record, name, argument, buffer, sizes)
         _layout(record.name, name, argument.layout, buffer)
@@ -108,15 +121,13 @@ def _plain(op: str, argument: Argument, value: Any, sizes: dict[str, Any]) -> No
             sizes[letter] = value
 
 
-def _tensor(op: str, name: str, argument: Argument, x: Any, lead: Any, lead_name: str) -> None:
-    """Type, rank, dtype and device."""
-    allowed = _allowed(argument.dtypes, None if x is lead else lead.dtype)
-    if isinstance(x, Tensor) and x.dim() == len(argument.shape) and x.dtype in allowed and x.device == lead.device:
-        return  # this runs on every call
+def _wrong_tensor(op: str, name: str, argument: Argument, x: Any, lead: Any, lead_name: str) -> NoReturn:
+    """What of its type, rank, dtype or device is wrong."""
     if not isinstance(x, Tensor):
         fail(op, name, "a tensor", f"{type(x).__name__} {x!r}")
     if x.dim() != len(argument.shape):
         fail(op, name, f"{len(argument.shape)} dimensions", f"shape {tuple(x.shape)}")
+    allowed = _allowed(argument.dtypes, None if x is lead else lead.dtype)
     if x.dtype not in allowed:
         beside = "" if x is lead else f" ({lead_name} is {_dtype(lead.dtype)})"
         fail(op, name, " or ".join(dict.fromkeys(map(_dtype, allowed))) + beside, _dtype(x.dtype))

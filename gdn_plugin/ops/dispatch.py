@@ -185,10 +185,7 @@ def _facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...
     index() makes a symbolic size of a traced call a guarded constant; `True if ... else False` does it for a stride.
     """
     lead, state = arguments[record.lead], arguments.get("state")
-    key_heads, value_heads, K, V = (
-        index(record.size(letter if letter in record.letters else {"Hk": "Hv", "K": "V"}[letter], arguments))
-        for letter in ("Hk", "Hv", "K", "V")
-    )
+    key_heads, value_heads, K, V = [index(record.size(letter, arguments)) for letter in record.heads]
     checkpoints, a = arguments.get("checkpoints"), arguments.get("a")
     slots, ragged = 0, False
     if "S" in record.letters:

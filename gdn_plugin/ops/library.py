@@ -52,7 +52,8 @@ def public(record: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             given = {**defaults, **dict(zip(positional, args)), **kwargs}  # noqa: B905 - too many are found below
-            if len(given) != len(names) or len(args) > len(positional) or kwargs.keys() & {*positional[: len(args)]}:
+            twice = args and kwargs and kwargs.keys() & {*positional[: len(args)]}
+            if twice or len(given) != len(names) or len(args) > len(positional):
                 signature.bind(*args, **kwargs)  # raises the TypeError that Python would
             return _call(record, given)
 

@@ -18,6 +18,7 @@ import torch
 
 from gdn_plugin.registry import PADDING
 
+HEADS = ("Hk", "Hv", "K", "V")
 CHUNK = 64  # tokens between two places where a checkpoint can be; prefill's kernels work on as many at a time
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float64: "float64"}
 
@@ -129,6 +130,12 @@ class Op(_Filled):
     def written(self) -> tuple[str, ...]:
         """The tensors that the op writes to."""
         return tuple(argument.name for argument in self.arguments if argument.mutated or argument in self.outputs)
+
+    @cached_property
+    def heads(self) -> tuple[str, ...]:
+        """Letters of the key heads, the value heads and their dims; an op without keys has its values' twice."""
+        instead = {"Hk": "Hv", "K": "V"}
+        return tuple(letter if letter in self.letters else instead[letter] for letter in HEADS)
 
     @cached_property
     def worked_out(self) -> tuple[Argument, ...]:
