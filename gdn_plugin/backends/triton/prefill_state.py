@@ -106,32 +106,6 @@ def is_spoilt(b_x):
     return (tl.abs(b_x) < float("inf")) == 0
 
 
-@triton.jit
-def rewrite_rows(
-    b_s, b_rows, p_q, p_k, p_v, p_g, p_beta, p_out, stride_q_t, stride_k_t, stride_v_t, stride_g_t, stride_beta_t,
-    stride_out_t, num_tokens, exp_gate, scale, o_v, o_k,
-):  # fmt: skip
-    """The outputs of the rows b_rows [BV] of a state b_s [BV, K] once more, token by token, until all are spoilt.
-
-    Returns the state behind the last token that this took.
-    """
-    o_t = tl.zeros([], dtype=tl.int64)
-    left = tl.max(b_rows.to(tl.int32), axis=0)
-    while (left != 0) & (o_t < num_tokens):
-        b_q = tl.load(p_q + o_t * stride_q_t + o_k).to(tl.float32)
-        b_k = tl.load(p_k + o_t * stride_k_t + o_k).to(tl.float32)
-        b_v = tl.load(p_v + o_t * stride_v_t + o_v).to(tl.float32)
-        g = tl.load(p_g + o_t * stride_g_t)
-        beta = tl.load(p_beta + o_t * stride_beta_t)
-        b_s, b_o = delta_step(b_s, b_q, b_k, b_v, tl.where(exp_gate != 0, g, tl.exp(g)), beta, scale)
-        tl.store(p_out + o_t * stride_out_t + o_v, b_o.to(p_out.dtype.element_ty), mask=b_rows)
-        o_t += 1
-        # A token spoils a row as a whole: its first column tells.
-        b_first = tl.sum(tl.where(o_k[None, :] == 0, b_s, 0.0), axis=1)
-        left = tl.max((b_rows & (is_spoilt(b_first) == 0)).to(tl.int32), axis=0)
-    return b_s
-
-
 @counted
 @triton.jit(
     do_not_specialize=["stride_g_t", "stride_g_h", "stride_beta_t", "stride_beta_h", "stride_indices", "num_sequences",
@@ -309,24 +283,43 @@ def prefill_state_kernel(
                 b_done = b_s[j].to(p_state.dtype.element_ty)
                 tl.store(p_state + o_rows + j * BK, b_done, mask=b_spoilt[:, None] == 0)
         if tl.max(b_spoilt.to(tl.int32), axis=0) != 0:
-            # Few rows at a time, so that this takes fewer registers than the loop above.
-            ROWS: tl.constexpr = BV if BV < 16 else 16
+            # Few rows at a time and one loop for rows and tokens: a nest of two takes registers from the loop above.
+            ROWS: tl.constexpr = BV if BV < 32 else 32
             o_kf = tl.arange(0, K)
-            for i in tl.range(0, BV, ROWS, num_stages=1):
-                o_vf = i_v * BV + i + tl.arange(0, ROWS)
+            p_q += start * stride_q_t + i_hk * stride_q_h
+            p_k += start * stride_k_t + i_hk * stride_k_h
+            p_v += start * stride_v_t + i_h * stride_v_h
+            p_g += start * stride_g_t + i_h * stride_g_h
+            p_beta += start * stride_beta_t + i_h * stride_beta_h
+            b_rows = tl.zeros([ROWS], dtype=tl.int1)
+            b_sf = tl.zeros([ROWS, K], dtype=tl.float32)
+            first_row = 0
+            i_t = 0
+            while first_row < BV:
+                o_vf = i_v * BV + first_row + tl.arange(0, ROWS)
                 o_rows_f = o_vf[:, None] * K + o_kf[None, :]
-                b_rows = is_spoilt(tl.load(p_last + o_vf).to(tl.float32))
-                tl.debug_barrier()  # All threads have read it before any of them rewrites it.
-                b_start = start_state(
-                    p_state + o_rows_f, p_has_initial, p_segment, i_b, i_g, is_end == 0, i_h * V * K + o_rows_f,
-                    o_rows_f, o_vf, o_kf, HV, V, K, SEGMENT_SIZE, 1, K, False, PRECISION,
-                )  # fmt: skip
-                b_end = rewrite_rows(
-                    b_start[0], b_rows, p_q + start * stride_q_t + i_hk * stride_q_h,
-                    p_k + start * stride_k_t + i_hk * stride_k_h, p_v + start * stride_v_t + i_h * stride_v_h,
-                    p_g + start * stride_g_t + i_h * stride_g_h, p_beta + start * stride_beta_t + i_h * stride_beta_h,
-                    p_out, stride_q_t, stride_k_t, stride_v_t, stride_g_t, stride_beta_t, stride_out_t, num_tokens,
-                    exp_gate, scale, o_vf, o_kf,
-                )  # fmt: skip
-                if is_end:
-                    tl.store(p_state + o_rows_f, b_end.to(p_state.dtype.element_ty), mask=b_rows[:, None])
+                if i_t == 0:
+                    b_rows = is_spoilt(tl.load(p_last + o_vf).to(tl.float32))
+                    b_start = start_state(
+                        p_state + o_rows_f, p_has_initial, p_segment, i_b, i_g, is_end == 0, i_h * V * K + o_rows_f,
+                        o_rows_f, o_vf, o_kf, HV, V, K, SEGMENT_SIZE, 1, K, False, PRECISION,
+                    )  # fmt: skip
+                    b_sf = b_start[0]
+                    tl.debug_barrier()  # All threads have read the last output before any of them rewrites it.
+                i_tf = i_t.to(tl.int64)
+                b_qf = tl.load(p_q + i_tf * stride_q_t + o_kf).to(tl.float32)
+                b_kf = tl.load(p_k + i_tf * stride_k_t + o_kf).to(tl.float32)
+                b_vf = tl.load(p_v + i_tf * stride_v_t + o_vf).to(tl.float32)
+                g = tl.load(p_g + i_tf * stride_g_t)
+                beta = tl.load(p_beta + i_tf * stride_beta_t)
+                decay = tl.where(exp_gate != 0, g, tl.exp(g))
+                b_sf, b_of = delta_step(b_sf, b_qf, b_kf, b_vf, decay, beta, scale)
+                tl.store(p_out + i_tf * stride_out_t + o_vf, b_of.to(p_out.dtype.element_ty), mask=b_rows)
+                # A token spoils a row as a whole: its first column tells.
+                b_fine = is_spoilt(tl.sum(tl.where(o_kf[None, :] == 0, b_sf, 0.0), axis=1)) == 0
+                i_t += 1
+                if (tl.max((b_rows & b_fine).to(tl.int32), axis=0) == 0) | (i_t >= num_tokens):
+                    if is_end:
+                        tl.store(p_state + o_rows_f, b_sf.to(p_state.dtype.element_ty), mask=b_rows[:, None])
+                    first_row += ROWS
+                    i_t = 0
