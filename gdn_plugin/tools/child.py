@@ -50,7 +50,7 @@ def run(
             pass_fds=(theirs,),
             start_new_session=True,  # Ctrl-C reaches the starter alone, which then lets go
         )
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the pipe must not stay open
         os.close(ours)
         raise
     finally:
