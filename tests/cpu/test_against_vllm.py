@@ -48,7 +48,7 @@ def test_prefill(host: Any, kind: str) -> None:
     reference.prefill(
         **x, state=true_state, state_indices=ROW, cu_seqlens=STARTS, has_initial_state=None, scale=DIM**-0.5,
         use_qk_l2norm=True, exp_gate=False, max_seqlen=0, null_index=-1, out=true_out, checkpoints=None,
-        checkpoint_cu_starts=None, checkpoint_every=0, zero_padding=True, compute_dtype=torch.float64,
+        checkpoint_cu_starts=None, checkpoint_every=0, zero_padding=True, padding="any", compute_dtype=torch.float64,
     )  # fmt: skip
     own_state = start.clone()
     own = ops.prefill(**x, state=own_state, state_indices=ROW, cu_seqlens=STARTS, use_qk_l2norm=True, backend="cpu")
@@ -73,7 +73,7 @@ def test_decode(host: Any) -> None:
     true_state, true_out = start.double(), torch.zeros(batch, HV, DIM, dtype=torch.float64)
     reference.decode(
         q, k, v, **gates, state=true_state, state_indices=rows, scale=DIM**-0.5, use_qk_l2norm=True, null_index=-1,
-        out=true_out, zero_padding=True, compute_dtype=torch.float64,
+        out=true_out, zero_padding=True, padding="any", compute_dtype=torch.float64,
     )  # fmt: skip
     own_state = start.clone()
     own = ops.decode(q, k, v, **gates, state=own_state, state_indices=rows, backend="cpu")
