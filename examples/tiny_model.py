@@ -114,6 +114,7 @@ def _write_config(directory: Path, c: TinyConfig) -> None:
         mlp_only_layers=[i for i in range(c.layers) if i not in c.moe_layers],
     )
     hf.architectures = ["Qwen3NextForCausalLM"]
+    hf.full_attention_interval = 4  # SGLang reads this and not layer_types
     hf.num_nextn_predict_layers = 1
     hf.save_pretrained(directory)
 

@@ -296,7 +296,7 @@ def test_idle_steps_and_the_profile_run_only_warm_up(
     from vllm.forward_context import set_forward_context
 
     from gdn_plugin import ops
-    from gdn_plugin.hosts.vllm import warm_up
+    from gdn_plugin.hosts import warm_up
 
     layer, _ = pair
     asked: list[str] = []
