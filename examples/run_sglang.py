@@ -19,6 +19,7 @@ STANDINS = Path(__file__).parent / "sglang_standins"
 SERVED_BY_STANDIN = "sglang_standins: the stand-in's recurrence serves"
 ENVIRONMENT = {
     "SGLANG_USE_CPU_ENGINE": "1",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH_WAIT_SECS": "0",  # where the engine dies, at once
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_WAIT_POLICY": "passive",  # spinning threads starve one another on a few cores
@@ -109,12 +110,13 @@ def run_in_subprocess(
     job_file, result_file, log_file = (folder / f"{name}.{kind}" for kind in ("job.json", "result.json", "log"))
     result_file.unlink(missing_ok=True)
     job_file.write_text(json.dumps(job))
-    path = os.pathsep.join([str(STANDINS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    wanted = os.environ | ENVIRONMENT | (environment or {})
+    wanted["PYTHONPATH"] = os.pathsep.join([str(STANDINS), *filter(None, [wanted.get("PYTHONPATH")])])
     with log_file.open("w") as log:
         child.run(
             [sys.executable, __file__, str(job_file), str(result_file)],
             log=log,
-            environment=os.environ | ENVIRONMENT | {"PYTHONPATH": path} | (environment or {}),
+            environment=wanted,
             timeout=timeout,
         )
     text = log_file.read_text(errors="replace")

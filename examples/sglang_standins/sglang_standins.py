@@ -1,7 +1,4 @@
-"""A plugin of SGLang that stands in for Triton kernels of its models and of its prefix cache, which have no CPU form.
-
-Named so that SGLang loads it before gdn_plugin, and with or without it.
-"""
+"""A plugin of SGLang that stands in for Triton kernels of its models and its prefix cache, which have no CPU form."""
 
 import importlib
 import os
@@ -22,6 +19,7 @@ def register() -> None:
         f"{ELEMENTWISE}.fused_gate_sigmoid_mul_add": gate_sigmoid_mul_add,
         f"{ELEMENTWISE}.fused_sigmoid_mul": sigmoid_mul,
         "sglang.kernels.ops.attention.fla.fused_norm_gate.FusedRMSNormGated.forward": gated_norm,
+        "sglang.kernels.ops.attention.fla.layernorm_gated.RMSNorm.forward": gated_norm,
         f"{TRACK}.track_mamba_states_all_layers": track_all_layers,
         f"{TRACK}.track_mamba_states_if_needed": track,
         "sglang.srt.arg_groups.mamba_hook._platform_supports_mamba_cache_extra_buffer": supports_extra_buffer,

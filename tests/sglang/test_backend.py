@@ -175,9 +175,9 @@ def test_states_are_kept_for_the_prefix_cache_and_continued_from(world: World) -
 
 def test_the_end_of_an_aligned_extend_is_kept_too(world: World) -> None:
     prompt = world.request(2, 300)
-    world.extend([prompt], [37])
-    world.extend([prompt], [128], keep={0: (37 + 128, 6)})
-    _, state, history = world.truth(prompt, 37 + 128)
+    world.extend([prompt], [70])
+    world.extend([prompt], [128], keep={0: (70 + 128, 6)})
+    _, state, history = world.truth(prompt, 70 + 128)
     world.check(6, state, history)
 
 
@@ -296,6 +296,10 @@ def test_a_model_that_the_ops_cannot_serve(
     assert backend.forward_decode(fakes.layer(), step.batch, torch.zeros(1, DIM), None, None) == "the host's"
     lines = [record.getMessage() for record in caplog.records if "left to SGLang" in record.getMessage()]
     assert len(lines) == 1 and said in lines[0]
+
+
+def test_a_stage_without_gdn_layers(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    assert start(runner=fakes.runner(layers=0))._gdn_core is None and not caplog.records
 
 
 def test_the_shape_is_that_of_the_pools(start: Start) -> None:

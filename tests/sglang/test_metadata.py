@@ -40,7 +40,7 @@ def test_without_the_schedulers_lists() -> None:
 @pytest.mark.parametrize("on_cpu", [True, False], ids=["lists", "tensors"])
 def test_states_to_keep(on_cpu: bool) -> None:
     """At the last whole chunk of the extend, counted from where the extend begins, wherever that is."""
-    rows = [Row(2, 0, 130, (130, 8)), Row(3, 37, 64, (101, 9)), Row(4, 0, 63), Row(5, 10, 200, (10 + 64 + 1, 7))]
+    rows = [Row(2, 0, 130, (130, 8)), Row(3, 70, 64, (134, 9)), Row(4, 0, 63), Row(5, 10, 200, (10 + 64 + 1, 7))]
     kept = prefill(extend(rows, on_cpu=on_cpu)).checkpoints
     assert kept.every == 64 and kept.count == (130 + 64 + 63 + 200) // 64
     assert kept.cu_starts.tolist() == [0, 2, 3, 3, 6] and kept.cu_starts.dtype == torch.int32

@@ -48,6 +48,8 @@ class GdnPluginBackend(GDNAttnBackend):
         wanted = {phase: request.value for phase, request in requests().items()}
         pool = self.req_to_token_pool
         cache = pool.mamba_pool.mamba_cache
+        if not cache.temporal.shape[0]:
+            return  # a pipeline stage without GDN layers
         reason = _left_to_host(cache, self.mamba_chunk_size)
         if reason is not None:
             _log_once(logging.WARNING, f"gdn_plugin: GDN layers are left to SGLang: {reason}")
