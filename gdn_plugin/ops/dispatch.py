@@ -166,21 +166,24 @@ def use(selection: Selection | Mapping[str, str]) -> Iterator[None]:
         _current.reset(token)
 
 
-def for_call(record: Op, arguments: Mapping[str, Any], out: Any, backend: str | None) -> str:
-    """The name of the backend for one call, from its metadata; it goes into the op's schema.
+def for_call(device: str, backend: str | None, facts: tuple[Any, ...]) -> str:
+    """The name of the backend for one call, from its facts; it goes into the op's schema.
+
+    Args:
+        backend: None for the current selection, a name, or a request such as "flashinfer,triton".
+        facts: see `facts`.
+    Raises:
+        NoBackendError: nothing that was asked for can run this problem, with every reason.
+    """
+    return _for_call(device, backend or "", facts)
+
+
+def facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...]:
+    """The fields of a call's Problem, in order, from metadata.
 
     Args:
         arguments: the call's inputs, checked.
         out: the call's output buffer or buffers, or None.
-        backend: None for the current selection, a name, or a request such as "flashinfer,triton".
-    Raises:
-        NoBackendError: nothing that was asked for can run this problem, with every reason.
-    """
-    return _for_call(arguments[record.lead].device.type, backend or "", _facts(record, arguments, out))
-
-
-def _facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...]:
-    """The fields of the call's Problem, in order.
 
     index() makes a symbolic size of a traced call a guarded constant; `True if ... else False` does it for a stride.
     """

@@ -47,7 +47,8 @@ def used(monkeypatch):
         return original(op, "torch")
 
     monkeypatch.setattr(
-        "gdn_plugin.ops.library.dispatch", types.SimpleNamespace(backend_op=spy, for_call=dispatch.for_call)
+        "gdn_plugin.ops.library.dispatch",
+        types.SimpleNamespace(backend_op=spy, for_call=dispatch.for_call, facts=dispatch.facts),
     )
     return names
 
@@ -249,7 +250,7 @@ class TestFacts:
         record = RECORDS[case.op]
         given = case.arguments() | changed
         given = {name: x for name, x in given.items() if name in record.names}
-        return Problem(*dispatch._facts(record, given, None))
+        return Problem(*dispatch.facts(record, given, None))
 
     def test_of_a_plain_call(self):
         case = cases.decode_case(3, page_tail=0)
