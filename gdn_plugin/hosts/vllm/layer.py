@@ -69,6 +69,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             conv_width=self.conv_kernel_size,
             spec_tokens=self.num_spec + 1 if self.num_spec else 0,
             checkpoints=align,
+            bias_dtype=_name(self.dt_bias.dtype),
             null_index=NULL_INDEX,
             padding=PADDING,
         )
