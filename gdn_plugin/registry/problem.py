@@ -38,7 +38,7 @@ class Problem:
         ragged: sequences of one verify call may bring different numbers of tokens.
         padding: what the caller promises of padding rows, one of `PADDING`.
         strided: q, k, v, g or beta (or what stands for them) are not contiguous.
-        unaligned: a tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
+        unaligned: a large tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
         gate_dtype: of a and b, by name; "" is the io dtype.
         bias_dtype: of dt_bias, by name; "" leaves it open, and warm-up compiles for the io dtype and float32.
         qk_l2norm: whether the op normalises q and k; None leaves it open, and warm-up compiles both.
