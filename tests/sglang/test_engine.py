@@ -49,6 +49,7 @@ ROUNDS = [FIRST, SECOND]
 HITS = (0, 1)  # of SECOND: prompts whose beginning is a whole prompt of FIRST
 
 Ask = Callable[..., tuple[dict[str, Any], str]]
+Stock = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def ask(models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> As
 
 
 @pytest.fixture(scope="module")
-def stock(ask: Ask) -> Callable[[str], dict[str, Any]]:
+def stock(ask: Ask) -> Stock:
     """The same engine on the stand-ins' recurrence: what the plugin's must equal."""
 
     @functools.cache
@@ -118,12 +119,25 @@ def difference(result: dict[str, Any], wanted: dict[str, Any]) -> tuple[int, flo
     return wrong, sum(gaps) / max(len(gaps), 1)
 
 
+@pytest.fixture
+def say(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """say(result, wanted): the comparison, where the tests' dots are."""
+    terminal = request.config.pluginmanager.getplugin("terminalreporter")
+
+    def say(result: dict[str, Any], wanted: dict[str, Any]) -> None:
+        wrong, mean = difference(result, wanted)
+        total = sum(len(answer["tokens"]) for prompts in wanted["rounds"] for answer in prompts)
+        name = request.node.name.removeprefix("test_").replace("_", " ")
+        terminal.write_line(f"\n{name}: {total - wrong}/{total} tokens equal, mean |d log p| {mean:.4f}")
+
+    return say
+
+
 def check(result: dict[str, Any], log: str, wanted: dict[str, Any]) -> None:
     assert SERVED_BY_STANDIN not in log, "the stand-in served"
     assert "gdn_plugin: prefill: " in log and "left to SGLang" not in log and "stands down" not in log
     wrong, mean = difference(result, wanted)
     total = sum(len(answer["tokens"]) for prompts in wanted["rounds"] for answer in prompts)
-    print(f"tokens equal {total - wrong}/{total}, mean |d log p| {mean:.4f}")
     # Two bf16 engines may part at a near tie; a wrong state parts most answers.
     assert wrong <= 0.05 * total and mean < LIMIT, (wrong, mean)
 
@@ -132,40 +146,44 @@ def cached(result: dict[str, Any]) -> list[int]:
     return [result["rounds"][1][i]["cached_tokens"] for i in HITS]
 
 
-def test_no_buffer_and_aborts(ask: Ask, stock: Callable[[str], dict[str, Any]]) -> None:
+def test_no_buffer_and_aborts(ask: Ask, stock: Stock, say: Callable[..., None]) -> None:
     """Requests are aborted while they are served, beside one another; what comes into their slots is right."""
     result, log = ask("no-buffer", "qwen3_next", aborted=[tokens(100, 9), tokens(33, 10), tokens(200, 11)])
+    say(result, stock("qwen3_next"))
     check(result, log, stock("qwen3_next"))
     assert cached(result) == [300, 129]  # the radix cache answers for whole prompts
 
 
-def test_chunks_and_mixed_batches(ask: Ask, stock: Callable[[str], dict[str, Any]]) -> None:
+def test_chunks_and_mixed_batches(ask: Ask, stock: Stock, say: Callable[..., None]) -> None:
     result, log = ask("chunks", "qwen3_next", **CHUNKED | {"chunked_prefill_size": 64})
+    say(result, stock("qwen3_next"))
     check(result, log, stock("qwen3_next"))
 
 
-def test_extra_buffer_keeps_our_checkpoints(ask: Ask, stock: Callable[[str], dict[str, Any]]) -> None:
+def test_extra_buffer_keeps_our_checkpoints(ask: Ask, stock: Stock, say: Callable[..., None]) -> None:
     """Prompts continue from states that came out of the middle of a prefill."""
     result, log = ask("extra-buffer", "qwen3_next", **EXTRA_BUFFER, **CHUNKED)
+    say(result, stock("qwen3_next"))
     check(result, log, stock("qwen3_next"))
     for hit, whole in zip(cached(result), (300, 129), strict=True):
         assert whole - 64 <= hit < whole  # the last whole chunk
 
 
-def test_qwen3_5(ask: Ask, stock: Callable[[str], dict[str, Any]]) -> None:
+def test_qwen3_5(ask: Ask, stock: Stock, say: Callable[..., None]) -> None:
     result, log = ask("flat", "qwen3_5", **EXTRA_BUFFER)
+    say(result, stock("qwen3_5"))
     check(result, log, stock("qwen3_5"))
     assert all(cached(result))
 
 
-def test_a_control_that_must_fail(ask: Ask, stock: Callable[[str], dict[str, Any]]) -> None:
+def test_a_control_that_must_fail(ask: Ask, stock: Stock, say: Callable[..., None]) -> None:
     """Every extend starts from zero, whatever its slot holds."""
     environment = {"SGLANG_STANDINS_ALSO": "control:forget_initial_states", "PYTHONPATH": str(Path(__file__).parent)}
     result, log = ask("control", "qwen3_next", environment, chunked_prefill_size=64)
-    wrong, mean = difference(result, stock("qwen3_next"))
-    print(f"control: {wrong} tokens differ, mean |d log p| {mean:.4f}")
+    say(result, stock("qwen3_next"))
     with pytest.raises(AssertionError):
-        check(result, log, stock("qwen3_next"))
+        say(result, stock("qwen3_next"))
+    check(result, log, stock("qwen3_next"))
 
 
 def test_a_wrong_setting_stops_the_server(ask: Ask) -> None:
