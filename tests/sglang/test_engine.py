@@ -133,13 +133,18 @@ def say(request: pytest.FixtureRequest) -> Callable[..., None]:
     return say
 
 
-def check(result: dict[str, Any], log: str, wanted: dict[str, Any]) -> None:
-    assert SERVED_BY_STANDIN not in log, "the stand-in served"
-    assert "gdn_plugin: prefill: " in log and "left to SGLang" not in log and "stands down" not in log
+def served(log: str) -> bool:
+    """Whether the plugin ran every GDN layer."""
+    return "gdn_plugin: prefill: " in log and not any(
+        line in log for line in (SERVED_BY_STANDIN, "left to SGLang", "stands down")
+    )
+
+
+def same(result: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Two bf16 engines may part at a near tie; a wrong state parts most answers."""
     wrong, mean = difference(result, wanted)
     total = sum(len(answer["tokens"]) for prompts in wanted["rounds"] for answer in prompts)
-    # Two bf16 engines may part at a near tie; a wrong state parts most answers.
-    assert wrong <= 0.05 * total and mean < LIMIT, (wrong, mean)
+    return wrong <= 0.05 * total and mean < LIMIT
 
 
 def cached(result: dict[str, Any]) -> list[int]:
@@ -150,21 +155,21 @@ def test_no_buffer_and_aborts(ask: Ask, stock: Stock, say: Callable[..., None]) 
     """Requests are aborted while they are served, beside one another; what comes into their slots is right."""
     result, log = ask("no-buffer", "qwen3_next", aborted=[tokens(100, 9), tokens(33, 10), tokens(200, 11)])
     say(result, stock("qwen3_next"))
-    check(result, log, stock("qwen3_next"))
+    assert served(log) and same(result, stock("qwen3_next"))
     assert cached(result) == [300, 129]  # the radix cache answers for whole prompts
 
 
 def test_chunks_and_mixed_batches(ask: Ask, stock: Stock, say: Callable[..., None]) -> None:
     result, log = ask("chunks", "qwen3_next", **CHUNKED | {"chunked_prefill_size": 64})
     say(result, stock("qwen3_next"))
-    check(result, log, stock("qwen3_next"))
+    assert served(log) and same(result, stock("qwen3_next"))
 
 
 def test_extra_buffer_keeps_our_checkpoints(ask: Ask, stock: Stock, say: Callable[..., None]) -> None:
     """Prompts continue from states that came out of the middle of a prefill."""
     result, log = ask("extra-buffer", "qwen3_next", **EXTRA_BUFFER, **CHUNKED)
     say(result, stock("qwen3_next"))
-    check(result, log, stock("qwen3_next"))
+    assert served(log) and same(result, stock("qwen3_next"))
     for hit, whole in zip(cached(result), (300, 129), strict=True):
         assert whole - 64 <= hit < whole  # the last whole chunk
 
@@ -172,7 +177,7 @@ def test_extra_buffer_keeps_our_checkpoints(ask: Ask, stock: Stock, say: Callabl
 def test_qwen3_5(ask: Ask, stock: Stock, say: Callable[..., None]) -> None:
     result, log = ask("flat", "qwen3_5", **EXTRA_BUFFER)
     say(result, stock("qwen3_5"))
-    check(result, log, stock("qwen3_5"))
+    assert served(log) and same(result, stock("qwen3_5"))
     assert all(cached(result))
 
 
@@ -181,9 +186,7 @@ def test_a_control_that_must_fail(ask: Ask, stock: Stock, say: Callable[..., Non
     environment = {"SGLANG_STANDINS_ALSO": "control:forget_initial_states", "PYTHONPATH": str(Path(__file__).parent)}
     result, log = ask("control", "qwen3_next", environment, chunked_prefill_size=64)
     say(result, stock("qwen3_next"))
-    with pytest.raises(AssertionError):
-        say(result, stock("qwen3_next"))
-    check(result, log, stock("qwen3_next"))
+    assert served(log) and not same(result, stock("qwen3_next"))
 
 
 def test_a_wrong_setting_stops_the_server(ask: Ask) -> None:
