@@ -331,7 +331,7 @@ def test_binding_the_pools_compiles_for_them(
             bind_kv_cache_to_layers({layer.prefix: pages}, get_forward_context().no_compile_layers)
         _, state = layer.kv_cache
         assert state.shape[1:] == layer.get_state_shape()[1] and state.stride(0) * state.itemsize == pages.stride(0)
-        ((core, pool),) = bound
+        ((core, pool, _),) = bound
         assert core is layer._gdn_core and pool is state
         assert ops.compile_count() == compiled and bool((pages == 1).all())
     finally:
