@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from gdn_plugin.registry import OPS, Platform, Problem, load, rows
-from gdn_plugin.tools import child
+from gdn_plugin import child
 
 SMS = (80, 90, 100, 103, 120)
 BACKENDS = ("triton", "flashinfer")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gdn_plugin.tools import child
+from gdn_plugin import child
 from gdn_plugin.tools.cli.values import BadArguments, as_json, write
 
 PROMPTS, PROMPT_TOKENS, GENERATED = 40, 512, 33
