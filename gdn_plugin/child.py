@@ -26,6 +26,7 @@ from typing import IO
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _POLL_S = 0.1
 CANNOT_START = 127  # what shells return
+TimeoutExpired = subprocess.TimeoutExpired
 
 
 def run(

@@ -15,9 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from gdn_plugin import child
 from gdn_plugin.ops import selfcheck
 from gdn_plugin.registry import choice
-from gdn_plugin import child
 from gdn_plugin.tools import cli
 from gdn_plugin.tools.cli import doctor, host
 
@@ -312,7 +312,13 @@ WRONG = [
     *((*BENCH, flag, name) for flag in ("--backend", "--against") for name in ("", ",", "nosuch", "torch,nosuch")),
     *((*BENCH, "--json", file) for file in (".", "nowhere/rows.json", "/proc/rows.json")),
     (*BENCH, "--plot", "nowhere/rows.png"),
-    (*BENCH, "--engine", "nowhere"),
+    *(("bench", "--engine", "--model", model) for model in ("nowhere", "./no/where", "tests", "")),
+    *(("bench", "--engine", "--rounds", rounds) for rounds in ("", "quick", "prefill,", "decode,quick")),
+    *(("bench", "--engine", "--speculative", number) for number in ("0", "-1", "x", "3")),
+    *(("bench", "--engine", flag, "0") for flag in ("--turns", "--repeats")),
+    *(("bench", "--engine", *more) for more in (("--op", "decode"), ("--graph",), ("--state-dtype", "fp8"))),
+    ("bench", "--engine", "--json", "nowhere/rows.json"),
+    *((*BENCH, *more) for more in (("--model", "tiny"), ("--rounds", "prefill"), ("--turns", "2"))),
     *((*ACCURACY, "--prompts", number) for number in ("0", "-3", "nan", "1.5")),
     *((*ACCURACY, "--lengths", lengths) for lengths in ("", ",", "0", "128,x", "12")),
     *((*ACCURACY, "--subset", number) for number in ("0", "nan")),
@@ -326,6 +332,9 @@ WRONG = [
     ("compile", "--sm", "90", "--sm-count", "0"),
     ("compile", "--sm", "90", "--cache", "/proc/nowhere"),
     ("compile", "--sm", "91"),
+    ("compile",),
+    ("compile", "--sm", "90", "--model", "nowhere"),
+    ("compile", "--sm", "90", "--model", str(ROOT / "examples/recall/model")),
 ]
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import registry, settings
-from gdn_plugin.ops import selfcheck
+from gdn_plugin.ops import ahead, selfcheck
 from gdn_plugin.ops.record import DTYPES, Op
 from gdn_plugin.registry import (
     PHASES,
@@ -46,6 +46,8 @@ def resolve(
     problems: Mapping[str, Problem],
     requests: Mapping[str, str] | None = None,
     device: str | torch.device | None = None,
+    *,
+    compile_ahead: bool = False,
 ) -> Selection:
     """A backend for each op of a layer, loaded and, unless GDN_PLUGIN_SELF_CHECK=0, checked on this machine.
 
@@ -56,6 +58,8 @@ def resolve(
         problems: by op.
         requests: by phase; None follows the GDN_PLUGIN_* variables.
         device: a torch device or its type; by default the probed one.
+        compile_ahead: first have everything that the choices can launch compiled, by processes side by side, for
+            whoever warms up next. CUDA only; elsewhere it does nothing.
     Raises:
         NoBackendError: a named request cannot run, or under auto nothing is left.
         BackendLoadError, SelfCheckError: a backend that was asked for by name failed.
@@ -63,7 +67,14 @@ def resolve(
     """
     wanted = _requested() if requests is None else requests
     platform = _platform(device)
-    return _working(platform, lambda excluded: select(platform, problems, wanted, excluded=excluded))
+
+    def pick(excluded: Mapping[str, Mapping[str, str]]) -> Selection:
+        selection = select(platform, problems, wanted, excluded=excluded)
+        if compile_ahead:
+            ahead.compile_ahead(selection.choices.values(), platform)
+        return selection
+
+    return _working(platform, pick)
 
 
 def _platform(device: str | torch.device | None) -> Platform:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from gdn_plugin.backends.triton.launch import compile_count, recorded
 from gdn_plugin.backends.triton.variants import key, specialise
 from gdn_plugin.ops.cases import case
 from gdn_plugin.registry import OPS, Platform, Problem
+from tests.support.triton_device import stand_in
 
 HEADS = [(2, 4), (4, 8), (16, 32), (16, 48)]
 SMS = [80, 90, 100]
@@ -176,32 +176,14 @@ def test_specialisation_is_tritons(value):
 @pytest.fixture
 def h100(monkeypatch, tmp_path):
     """An H100 as far as Triton's compilation sees; yields the names of the kernels that were loaded onto it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    loads = []
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 232448},
-        load_binary=lambda name, *rest: loads.append(name) or (object(), object(), 64, 0, 1024),
-        unload_module=lambda module: None,
-    )
-    stand_in = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        launcher_cls=lambda source, metadata: lambda *args: None,
-        utils=utils,
-    )
-    was = driver._active
-    driver.set_active(stand_in)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     for kernel in launching._kernels:
         kernel.device_caches.clear()
-    yield loads
+    with stand_in(90) as loads:
+        yield loads
     for kernel in launching._kernels:
         kernel.device_caches.clear()
-    driver._active = was
 
 
 def real(arguments):

@@ -158,7 +158,7 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     for form, use_qk_l2norm, bias in forms(problem):
         for batch in sizes(most):
             name = f"decode {problem.dtype} state={problem.state_dtype} B={batch}{form}"
-            yield Variant(name, partial(_compile, problem, batch, use_qk_l2norm, bias, pool))
+            yield Variant(name, partial(_compile, problem, batch, use_qk_l2norm, bias, pool), kept=pool is None)
 
 
 def compiled_for_the_pool(problem: Problem) -> bool:

@@ -137,7 +137,8 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
             for given in (False, True) if width == 1 or batch == 1 else (False,):
                 name = f"verify {problem.dtype} state={problem.state_dtype} B={batch} S={width}{form}"
                 name += " start_rows" if given else ""
-                yield Variant(name, partial(_compile, problem, batch, use_qk_l2norm, bias, given, pool))
+                make = partial(_compile, problem, batch, use_qk_l2norm, bias, given, pool)
+                yield Variant(name, make, kept=pool is None)
 
 
 def _compile(problem: Problem, batch: int, use_qk_l2norm: bool, bias: str, given: bool, pool: Tensor | None) -> None:

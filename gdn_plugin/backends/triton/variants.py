@@ -165,7 +165,7 @@ def variants_of(
         label += f" pool={pool.stride(0)}"
     return [
         KernelVariant(f"{launch.kernel.__name__.removesuffix('_kernel')} {label}{tail}", partial(compile_here, launch),
-                      launch)
+                      launch, kept=True)
         for launch, tail in zip(found.values(), _tails(found.values()), strict=True)
     ]  # fmt: skip
 
