@@ -65,16 +65,16 @@ def compile_ahead(choices: Iterable[Choice], platform: Platform, processes: int 
     if platform.device != "cuda":
         return
     try:
-        # In a thread of its own: the caller's default device and grad mode are the caller's thread's.
+        # Listed in a thread of its own: the caller's default device and grad mode are the caller's thread's.
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(_compile_ahead, list(choices), platform, processes).result()
+            jobs = thread.submit(jobs_of, list(choices), platform).result()
+        _compile_ahead([job for job in jobs if job not in _asked], platform, processes)
     except Exception as exc:  # a full disk, no /dev/shm, no memory: compiled in this process, one after the other
         _log.warning("gdn_plugin: kernels are compiled in this process: %s: %s", type(exc).__name__, exc)
 
 
-def _compile_ahead(choices: list[Choice], platform: Platform, processes: int | None) -> None:
+def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -> None:
     began = time.perf_counter()
-    jobs = [job for job in jobs_of(choices, platform) if job not in _asked]
     _asked.update(jobs)
     count = min(processes or usable_processes(), len(jobs))
     if count < 2:

@@ -13,7 +13,9 @@ from gdn_plugin.backends.triton import launch as launching
 from gdn_plugin.backends.triton.launch import compile_count, recorded
 from gdn_plugin.backends.triton.variants import key, specialise
 from gdn_plugin.ops.cases import case
-from gdn_plugin.registry import OPS, Platform, Problem
+from gdn_plugin.ops.selfcheck import small_case
+from gdn_plugin.registry import OPS, Platform, Problem, rows
+from gdn_plugin.registry.backend import left_out
 from tests.support.triton_device import stand_in
 
 HEADS = [(2, 4), (4, 8), (16, 32), (16, 48)]
@@ -131,6 +133,19 @@ def test_each_listed_kernel_is_asked_for(op, heads):
 def test_facts_of_a_problem_are_followed(op, facts):
     problem = problem_of(op, (4, 8), "bfloat16", **facts)
     assert set(reached(problem, 90)) <= set(listed(problem, 90))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_self_check_asks_for_no_kernel_that_is_not_listed(op):
+    """What an image has compiled, or other processes ahead, must do for the whole start."""
+    (row,) = (row for row in rows(op) if row.name == "triton")
+    for state_dtype, checkpoints in itertools.product(("float32", "bfloat16"), (False, True)):
+        problem = problem_of(op, state_dtype=state_dtype, checkpoints=checkpoints and op == "prefill")
+        arguments = small_case(row, problem, "meta").arguments(zero_padding=True)
+        run = op_of(op).run
+        with recorded(90) as recording:
+            run(**{name: x for name, x in arguments.items() if name not in left_out(run, arguments)})
+        assert recording.launches and {key(launch) for launch in recording.launches} <= set(listed(problem, 90))
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "float16"])

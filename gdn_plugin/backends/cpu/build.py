@@ -338,7 +338,9 @@ def _run(commands: list[list[str]], work: Path) -> list[tuple[int, str]]:
             for command, log in zip(commands, logs, strict=True)
         ]
         statuses = [wait(None) for wait in waits]
-        return [(status, log.seek(0) or log.read()) for status, log in zip(statuses, logs, strict=True)]
+        for log in logs:
+            log.seek(0)
+        return [(status, log.read()) for status, log in zip(statuses, logs, strict=True)]
 
 
 def _scratch_file() -> IO[str]:

@@ -298,7 +298,7 @@ def _text(plan: Plan, engines: Sequence[dict[str, Any]]) -> str:
 def _kernels(name: str, engines: Sequence[dict[str, Any]]) -> list[str]:
     from gdn_plugin.tools.bench.rounds import own_kernels
 
-    found = {
+    found: dict[str, dict[str, list[float]]] = {
         side: next((rows[name] for rows in reversed(_of(side, "kernels", engines)) if name in rows), {})
         for side in ENGINES
     }

@@ -176,8 +176,8 @@ def _cpu(args: argparse.Namespace, shapes: Sequence[Any]) -> int:
     from gdn_plugin.ops.dispatch import backend_op
     from gdn_plugin.registry import Problem
 
-    K, V = args.dims or (128, 128)
-    usual = Problem("decode", args.dtype or "bfloat16", args.state_dtype or "float32", *args.heads, K, V)
+    (Hk, Hv), (K, V) = args.heads, args.dims or (128, 128)
+    usual = Problem("decode", args.dtype or "bfloat16", args.state_dtype or "float32", Hk, Hv, K, V)
     for problems in [shape.problems() for shape in shapes] or [{"decode": usual}]:
         ops.resolve(problems, dict.fromkeys(PHASES, "cpu"), device="cpu")
     made = backend_op("decode", "cpu").compile_count()
