@@ -42,7 +42,7 @@ TABLE: Mapping[str, Setting] = {
             "GDN_PLUGIN_CACHE",
             "path",
             None,
-            "folder of compiled CPU kernels, self-check verdicts and what was compiled ahead",
+            "folder of CPU kernels, self-check verdicts, what was compiled ahead",
         ),
     )
 }

@@ -36,10 +36,10 @@ def warm_up(core: Core, device: torch.device) -> None:
     for choice in core.selection.choices.values():
         ops.warm_up(choice.problem, backend=choice.name, device=device.type)
     count = ops.compile_count()
+    before = ahead.totals
     _log.info(
-        "gdn_plugin: warmed up in %.1f s, %d kernels in this process; ahead of it %d were compiled and %d found in "
-        "the cache, in %.1f s", time.perf_counter() - began, count, ahead.totals.made, ahead.totals.found,
-        ahead.totals.seconds,
+        "gdn_plugin: warmed up in %.1f s, %d kernels in this process; %d were compiled ahead and %d found, in %.1f s",
+        time.perf_counter() - began, count, before.made, before.found, before.seconds,
     )  # fmt: skip
     _ready = count
     _tell_at_the_end()

@@ -288,6 +288,7 @@ def _text(plan: Plan, engines: Sequence[dict[str, Any]]) -> str:
             lines.append("there are no answers of stock's to compare with: unchecked")
         if before is not None and engine["engine"] == "plugin":
             lines.append(f"kernels compiled while serving: {after - before} (held at the start: {before})")
+    lines = list(dict.fromkeys(lines))  # turns that found the same
     if not plan.cuda:
         return "\n".join([*lines, "device time by kernel: not on a CPU"])
     for name in plan.rounds:
