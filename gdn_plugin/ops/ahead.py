@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from gdn_plugin import cache, child
 from gdn_plugin.ops.selfcheck import fingerprint
-from gdn_plugin.registry import Choice, Platform, Problem, backend_names, load
+from gdn_plugin.registry import Choice, Platform, Problem, load
 
 # A command that reads (platform, number of processes, jobs) from the pickle it is given and prints a JSON object a
 # kernel: `name`, `seconds`, `cached` (it was there already), `artifact` (where it lies), `error`.
@@ -33,7 +33,9 @@ BYTES_A_PROCESS = 1 << 30  # torch with CUDA, and a compiler
 # The processes are awaited at start-up, so one that hangs must not keep an engine from starting.
 LONGEST_S = 600.0
 
-_log = logging.getLogger("vllm.gdn_plugin")
+_log = logging.getLogger(__name__)
+
+_FOLDER = "compiled"  # of the plugin's cache
 
 # (backend's name, problem, variant's name)
 Job = tuple[str, Problem, str]
@@ -80,13 +82,15 @@ def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -
     if count < 2:
         return
     with one_at_a_time(jobs, platform) as kept:
-        if _still_there(kept, jobs):
-            totals.found += len(jobs)
+        found = _found(jobs, platform)
+        if found is not None:
+            totals.found += found
             totals.seconds += time.perf_counter() - began
             return
         rows = _run(platform, count, jobs)
         good = [row for row in rows if not row["error"]]
-        if kept is not None and len(good) == len(jobs):
+        # What failed is not tried again: this process compiles it into the same cache.
+        if kept is not None and len(rows) == len(jobs):
             remember(kept, [row["artifact"] for row in good])
     made = sum(not row["cached"] for row in good)
     seconds = time.perf_counter() - began
@@ -133,20 +137,18 @@ def _run(platform: Platform, count: int, jobs: list[Job]) -> list[dict]:
 
 @contextlib.contextmanager
 def one_at_a_time(jobs: list[Job], platform: Platform) -> Iterator[Path | None]:
-    """Alone among the processes of this machine that want the same; yields where it is kept that it was done."""
-    # Where a compiler keeps its kernels, and much of what it makes of them, is said by variables of its name.
-    own = tuple(f"{name.upper()}_" for name in backend_names())
-    said = sorted((name, value) for name, value in os.environ.items() if name.startswith(own))
-    facts = (platform.sm, platform.cuda, platform.sm_count, sorted(platform.packages.items()), fingerprint(), said,
-             [(name, str(problem), variant) for name, problem, variant in jobs])  # fmt: skip
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
+    """Alone among the processes of this machine that want the same.
+
+    Yields the file for `remember`; None where no folder can be written to, and where nobody else is kept out.
+    """
     try:
-        folder = cache.folder("compiled")
+        folder = cache.folder(_FOLDER)
     except cache.CacheError:
         yield None
         return
-    with FileLock(folder / f"{key}.lock"):
-        yield folder / f"{key}.json"
+    name = _name(jobs, platform)
+    with FileLock(folder / f"{name}.lock"):
+        yield folder / f"{name}.json"
 
 
 def remember(kept: Path, artifacts: Iterable[str]) -> None:
@@ -155,13 +157,24 @@ def remember(kept: Path, artifacts: Iterable[str]) -> None:
         kept.write_text(json.dumps(list(artifacts)), encoding="utf-8")
 
 
-def _still_there(kept: Path | None, jobs: list[Job]) -> bool:
-    """Whether all of it was compiled before, and nobody has emptied the cache since."""
-    try:
-        artifacts = json.loads(kept.read_text(encoding="utf-8")) if kept is not None else []
-        return len(artifacts) == len(jobs) and all(map(os.path.exists, artifacts))
-    except (OSError, ValueError):
-        return False
+def _found(jobs: list[Job], platform: Platform) -> int | None:
+    """How many kernels lie there since this was done; None where it was not, or somebody has emptied the cache."""
+    with contextlib.suppress(cache.CacheError):
+        for folder in cache.folders(_FOLDER):  # an image's may be one that can only be read
+            with contextlib.suppress(OSError, ValueError):
+                artifacts = json.loads((folder / f"{_name(jobs, platform)}.json").read_text(encoding="utf-8"))
+                if all(map(os.path.exists, artifacts)):
+                    return len(artifacts)
+    return None
+
+
+def _name(jobs: list[Job], platform: Platform) -> str:
+    # Where a compiler keeps its kernels, and much of what it makes of them, is said by variables of its name.
+    own = tuple({f"{name.upper()}_" for name, _, _ in jobs})
+    said = sorted((name, value) for name, value in os.environ.items() if name.startswith(own))
+    facts = (platform.sm, platform.cuda, platform.sm_count, sorted(platform.packages.items()), fingerprint(), said,
+             [(name, str(problem), variant) for name, problem, variant in jobs])  # fmt: skip
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:32]
 
 
 def usable_processes() -> int:

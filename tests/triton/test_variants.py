@@ -12,6 +12,7 @@ from torch import Tensor
 from gdn_plugin.backends.triton import launch as launching
 from gdn_plugin.backends.triton.launch import compile_count, recorded
 from gdn_plugin.backends.triton.variants import key, specialise
+from gdn_plugin.ops import dispatch
 from gdn_plugin.ops.cases import case
 from gdn_plugin.ops.selfcheck import small_case
 from gdn_plugin.registry import OPS, Platform, Problem, rows
@@ -235,6 +236,17 @@ def test_compile_makes_ready_what_a_launch_looks_for(op, h100):
     op_of(op).run(**real(case(problem_of(op, (2, 4), gate_dtype="float32"), [1], device="meta").arguments())
                   | ({"weight": torch.empty(128, dtype=torch.float16)} if op == "gated_norm" else {}))  # fmt: skip
     assert compile_count() == len(variants) + 1
+
+
+def test_what_was_brought_in_is_there_when_the_host_has_moved_the_cache(h100, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+    platform, problem = Platform.simulated("sm_90"), problem_of("gated_norm", (2, 4))
+    dispatch._bring_in(op_of("gated_norm"), platform, problem)
+    held = compile_count()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "moved"))
+    dispatch.warm(op_of("gated_norm"), platform, problem)
+    assert compile_count() == held == len(h100) > 0 and not (tmp_path / "moved").exists()
 
 
 def test_every_kernel_of_a_loaded_op_is_counted():
