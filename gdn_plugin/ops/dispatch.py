@@ -140,8 +140,8 @@ def _trouble(choice: Choice, platform: Platform, get_ready: bool = False) -> str
 def _bring_in(ready: BackendOp, platform: Platform, problem: Problem) -> None:
     """Load what was compiled ahead at once: until it warms up, a host may change where compilers look.
 
-    vLLM sets TRITON_CACHE_DIR when it compiles its model. In a thread of its own: the caller's default device is not the
-    kernels'.
+    vLLM sets TRITON_CACHE_DIR when it compiles its model. In a thread of its own: the caller's default device is not
+    the kernels'.
     """
     gpu = torch.cuda.current_device()
 
