@@ -96,7 +96,7 @@ from tests.support.triton_device import stand_in
 
 built = []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or built.append(src.name)
-problems = Shape(**layer_of_model(sys.argv[1]), null_index=0, padding="scratch").problems()
+problems = Shape(**layer_of_model(sys.argv[1]), bias_dtype="bfloat16", null_index=0, padding="scratch").problems()
 with stand_in(90) as loads:
     for op in ("decode", "gated_norm"):
         warm(backend_op(op, "triton"), Platform.simulated("sm_90"), problems[op])

@@ -114,7 +114,7 @@ def _tell(folder: Path) -> None:
 
 
 def _shapes(args: argparse.Namespace) -> list[Any]:
-    """The layer as an engine has it: with a prefix cache and without, with drafts and without."""
+    """The layer as an engine has it: with a prefix cache and without, with drafts and without, dt_bias in either dtype."""
     if args.model is None:
         return []
     from gdn_plugin.hosts.core import Shape
@@ -128,7 +128,8 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
         layer[name] //= args.tp
     drafts = (0, args.speculative + 1) if args.speculative else (0,)
     return [
-        Shape(**layer, spec_tokens=tokens, checkpoints=checkpoints, null_index=0, padding="scratch")
+        Shape(**layer, spec_tokens=tokens, checkpoints=checkpoints, bias_dtype=bias, null_index=0, padding="scratch")
+        for bias in dict.fromkeys((layer["dtype"], "float32"))  # of dt_bias: models keep it in either
         for tokens in drafts
         for checkpoints in (False, True)
     ]
