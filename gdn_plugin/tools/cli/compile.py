@@ -114,7 +114,7 @@ def _tell(folder: Path) -> None:
 
 
 def _shapes(args: argparse.Namespace) -> list[Any]:
-    """The layer as an engine has it: with a prefix cache and without, with drafts and without, dt_bias in either dtype."""
+    """The layer as an engine has it: with prefix cache or drafts and without, dt_bias in either dtype."""
     if args.model is None:
         return []
     from gdn_plugin.hosts.core import Shape
