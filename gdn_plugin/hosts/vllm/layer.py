@@ -276,7 +276,7 @@ def _mark_compiled_models(vllm_config: VllmConfig) -> None:
 @functools.cache
 def _resolve(shape: Shape, wanted: tuple[tuple[str, str], ...], device_type: str) -> Selection:
     """Backends for a layer's share, self-checked; one log line a distinct choice."""
-    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type)
+    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type, compile_ahead=True)
     for line in selection.describe():
         _log_once(logging.INFO, f"gdn_plugin: {line}")
     return selection
