@@ -237,7 +237,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
     def _gdn_parameters(self) -> Parameters:
         conv_pool, state = self.kv_cache
         # With LoRA the host wraps every linear layer, this one too, and the wrapper shows only some of what it has.
-        conv1d = getattr(self.conv1d, "base_layer", self.conv1d)
+        conv1d: Any = getattr(self.conv1d, "base_layer", self.conv1d)
         return Parameters(
             conv_weight=conv1d.weight.squeeze(1),
             conv_bias=conv1d.bias,
