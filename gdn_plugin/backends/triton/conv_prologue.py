@@ -31,6 +31,7 @@ from torch import Tensor
 
 from gdn_plugin.backends.triton.configs import Table
 from gdn_plugin.backends.triton.gates import log_decay, round_to, sigmoid, silu
+from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
 from gdn_plugin.backends.triton.variants import KernelVariant, either, variants_of
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -68,7 +69,10 @@ def conv_head(
     stride_out, length, i_block, first_column, num_columns, readable, writable, is_padding,
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, SPECULATIVE: tl.constexpr,
 ):  # fmt: skip
-    """One head of one block. p_x and p_out point at the sequence's first token, p_conv_state at the pool row."""
+    """One head of one block, whose first channel, in the order of conv_weight and conv_state, is i_channel.
+
+    p_x and p_out point at the head in the sequence's first token, p_conv_state at the pool row.
+    """
     o_d = tl.arange(0, D)
     o_c = i_channel + o_d
     run_start = i_block * (R * RUN) + tl.arange(0, R).to(tl.int64) * RUN  # [R], token within the sequence
@@ -79,7 +83,7 @@ def conv_head(
     for j in tl.static_range(RUN + W - 1):
         o_t = run_start + (j - (W - 1))
         b_x = tl.load(
-            p_x + o_t[:, None] * stride_x + o_c[None, :], mask=((o_t >= 0) & (o_t < length))[:, None], other=0.0
+            p_x + o_t[:, None] * stride_x + o_d[None, :], mask=((o_t >= 0) & (o_t < length))[:, None], other=0.0
         )
         if j < W - 1:
             # Only the first run of a first block starts before the sequence does (RUN >= W-1).
@@ -117,7 +121,7 @@ def conv_head(
         for i in tl.static_range(KEPT):
             # Plain: the last W-1 inputs up to the sequence's end. Speculative: the last W-2 before its first token.
             pos = i - KEPT + (0 * length if SPECULATIVE else length)
-            b_late = tl.load(p_x + pos * stride_x + o_c, mask=o_d < tl.where(pos >= 0, D, 0), other=0.0)
+            b_late = tl.load(p_x + pos * stride_x + o_d, mask=o_d < tl.where(pos >= 0, D, 0), other=0.0)
             b_early = tl.load(
                 p_history + (pos + keep) * stride_cs_w, mask=o_d < tl.where((pos < 0) & readable, D, 0), other=0.0
             )
@@ -128,14 +132,15 @@ def conv_head(
         if SPECULATIVE:
             # Any prefix of these tokens may be accepted by the next step, so all of them stay.
             for i_t in range(tl.minimum(length, num_columns - (W - 2))):
-                b_late = tl.load(p_x + i_t * stride_x + o_c)
+                b_late = tl.load(p_x + i_t * stride_x + o_d)
                 tl.store(p_history + (W - 2 + i_t) * stride_cs_w, b_late.to(p_conv_state.dtype.element_ty))
 
 
 @counted
 @triton.jit(
     do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
-                       "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "num_tokens", "num_sequences",
+                       "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h", "stride_indices",
+                       "num_tokens", "num_sequences",
                        "num_k_heads", "num_v_heads", "num_columns", "null_index", "exp_gate"],
     do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_cu_seqlens", "p_has_initial",
                                     "p_accepted", "p_bias", "p_weight", "p_conv_state"],
@@ -143,12 +148,13 @@ def conv_head(
 def conv_prologue_kernel(
     p_x, p_weight, p_bias, p_conv_state, p_indices, p_cu_seqlens, p_has_initial, p_accepted, p_a, p_b, p_A_log,
     p_dt_bias, p_state, p_q, p_k, p_v, p_g, p_beta,
-    stride_x, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w, stride_indices, stride_a_t, stride_a_h,
-    stride_b_t, stride_b_h, stride_state,
+    stride_x, stride_x_k, stride_x_v, first_k, first_v, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w,
+    stride_indices, stride_a_t, stride_a_k, stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state,
     num_tokens, num_sequences, num_k_heads, num_v_heads, num_columns, null_index, exp_gate,
     K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
     BT: tl.constexpr = R * RUN
+    ratio = num_v_heads // num_k_heads
     num_slots = 2 * num_k_heads + num_v_heads + 1
     i_p = tl.program_id(0)
     i_slot = i_p % num_slots
@@ -162,8 +168,10 @@ def conv_prologue_kernel(
         o_t = start + i_block * BT + tl.arange(0, BT)
         o_h = tl.arange(0, BH)
         mask = (o_t < start + length)[:, None] & (o_h < num_v_heads)[None, :]
-        b_a = tl.load(p_a + o_t[:, None] * stride_a_t + o_h[None, :] * stride_a_h, mask=mask, other=0.0)
-        b_b = tl.load(p_b + o_t[:, None] * stride_b_t + o_h[None, :] * stride_b_h, mask=mask, other=0.0)
+        o_a = o_h // ratio * stride_a_k + o_h % ratio * stride_a_h
+        o_b = o_h // ratio * stride_b_k + o_h % ratio * stride_b_h
+        b_a = tl.load(p_a + o_t[:, None] * stride_a_t + o_a[None, :], mask=mask, other=0.0)
+        b_b = tl.load(p_b + o_t[:, None] * stride_b_t + o_b[None, :], mask=mask, other=0.0)
         A_log = tl.load(p_A_log + o_h, mask=o_h < num_v_heads, other=0.0).to(tl.float32)
         dt_bias = tl.load(p_dt_bias + o_h, mask=o_h < num_v_heads, other=0.0).to(tl.float32)
         b_g = tl.where(is_padding, 0.0, log_decay(b_a.to(tl.float32), A_log[None, :], dt_bias[None, :]))
@@ -188,7 +196,9 @@ def conv_prologue_kernel(
 
     if i_slot < 2 * num_k_heads:
         is_query = i_slot < num_k_heads
-        p_out = tl.where(is_query, p_q, p_k) + (i_slot - tl.where(is_query, 0, num_k_heads)) * K
+        i_hk = i_slot - tl.where(is_query, 0, num_k_heads)
+        p_x += i_hk * stride_x_k + tl.where(is_query, 0, first_k)
+        p_out = tl.where(is_query, p_q, p_k) + i_hk * K
         conv_head(
             p_x, p_weight, p_bias, p_conv_state, p_out + start * (num_k_heads * K), i_slot * K,
             stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads * K,
@@ -197,6 +207,7 @@ def conv_prologue_kernel(
         )  # fmt: skip
     else:
         i_h = i_slot - 2 * num_k_heads
+        p_x += first_v + i_h // ratio * stride_x_v + i_h % ratio * V
         conv_head(
             p_x, p_weight, p_bias, p_conv_state, p_v + start * (num_v_heads * V) + i_h * V,
             2 * num_k_heads * K + i_h * V, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w,
@@ -252,7 +263,9 @@ def run(
     exp_gate: bool, null_index: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     config: PrologueConfig | None = None,
 ) -> None:  # fmt: skip
-    """Causal conv + SiLU + split + L2 norm + gates of mixed_qkv [T, 2*Hk*K + Hv*V] into q, k, v, g, beta (contiguous).
+    """Causal conv + SiLU + split + L2 norm + gates of mixed_qkv [T, dim] into q, k, v, g, beta (contiguous).
+
+    mixed_qkv, a and b also with interleaved heads: [T, Hk, dim/Hk], [T, Hk, Hv/Hk].
 
     Updates conv_state rows in place and, with `state`, zeroes the rows of sequences without an initial state. Tokens
     past cu_seqlens[-1] and those of padding sequences (index <= null_index) give zeros (g: 1 under exp_gate); rows of
@@ -265,7 +278,7 @@ def run(
     """
     num_tokens = mixed_qkv.shape[0]
     num_sequences = cu_seqlens.shape[0] - 1
-    num_v_heads = a.shape[1]
+    num_v_heads = A_log.shape[0]
     width = conv_weight.shape[1]
     config = config or choose_config(
         device_sm(q.device), q.dtype, head_k_dim, head_v_dim, num_tokens, num_sequences
@@ -281,10 +294,11 @@ def run(
         p_x=mixed_qkv, p_weight=conv_weight, p_bias=conv_bias, p_conv_state=conv_state, p_indices=state_indices,
         p_cu_seqlens=cu_seqlens, p_has_initial=has_initial_state, p_accepted=num_accepted_tokens, p_a=a, p_b=b,
         p_A_log=A_log, p_dt_bias=dt_bias, p_state=state, p_q=q, p_k=k, p_v=v, p_g=g, p_beta=beta,
-        stride_x=mixed_qkv.stride(0), stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
+        **qkv_strides(mixed_qkv, num_k_heads, num_v_heads, head_k_dim, head_v_dim),
+        **value_strides("a", a, num_k_heads, num_v_heads), **value_strides("b", b, num_k_heads, num_v_heads),
+        stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
         stride_cs_n=conv_state.stride(0), stride_cs_c=conv_state.stride(1), stride_cs_w=conv_state.stride(2),
-        stride_indices=state_indices.stride(0), stride_a_t=a.stride(0), stride_a_h=a.stride(1),
-        stride_b_t=b.stride(0), stride_b_h=b.stride(1), stride_state=0 if state is None else state.stride(0),
+        stride_indices=state_indices.stride(0), stride_state=0 if state is None else state.stride(0),
         num_tokens=num_tokens, num_sequences=num_sequences, num_k_heads=num_k_heads, num_v_heads=num_v_heads,
         num_columns=conv_state.shape[2], null_index=null_index, exp_gate=int(exp_gate),
         K=head_k_dim, V=head_v_dim, W=width, R=config.runs, RUN=config.run_length,
@@ -309,4 +323,4 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     return variants_of(run, calls, platform, problem, pool)
 
 
-CONV_PROLOGUE = BackendOp(run=run, variants=variants, compile_count=compile_count)
+CONV_PROLOGUE = BackendOp(run=run, variants=variants, compile_count=compile_count, interleaved=True)
