@@ -48,9 +48,9 @@ def lengths(op):
                 yield [1] * (count - 1) + [total - count + 1]
 
 
-def calls(problem, lens):
+def calls(problem, lens, **features):
     """A call in every form that the problem leaves open, in the layouts that hosts bring."""
-    arguments = case(problem, lens, device="meta").arguments()
+    arguments = case(problem, lens, device="meta", **features).arguments()
     either = {
         "dt_bias": ("io", "fp32"), "norm_weight": ("io", "fp32", None), "weight": ("io", "fp32"),
         "has_initial_state": ("io", None), "checkpoints": ("io", None), "num_accepted_tokens": ("io", None),
@@ -131,6 +131,17 @@ def test_each_listed_kernel_is_asked_for(op, heads):
 def test_facts_of_a_problem_are_followed(op, facts):
     problem = problem_of(op, (4, 8), "bfloat16", **facts)
     assert set(reached(problem, 90)) <= set(listed(problem, 90))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 6), (16, 32)], ids=lambda heads: "x".join(map(str, heads)))
+@pytest.mark.parametrize("op", [op for op in OPS if op_of(op).interleaved])
+def test_interleaved_heads_take_the_kernels_of_flat_ones(op, heads):
+    problem = problem_of(op, heads)
+    for lens in ([1], [1, 1, 1], [70], [70, 900]) if op != "fused_decode" else ([1], [1, 1, 1]):
+        with recorded(90) as recording:
+            for call in calls(problem, lens, interleaved=True):
+                op_of(op).run(**call)
+        assert {key(one) for one in recording.launches} <= set(listed(problem, 90))
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "float16"])
