@@ -1,7 +1,8 @@
 """The ops' contract (docstring of gdn_plugin.ops), every backend over the same cases, through the public functions.
 
 What `checks.check` asks of each: the right numbers; not a bit changed in a row, a page tail or a guard row that no live
-sequence names; inputs as they were; padding tokens zero, or in buffers that were handed over zero or untouched. A
+sequence names; inputs as they were; padding tokens zero, or in buffers that were handed over zero or untouched, and
+zero where that was asked for. A
 backend whose checks refuse a case must say why, and auto must serve the case all the same.
 """
 
@@ -177,7 +178,7 @@ def test_contract(site, op, name, backend, form):  # noqa: F811
 
     def serve(who: str | None) -> None:
         column = precision(op, who, case.io_dtype, site.device)
-        check(public(op, who, out=form == "out"), case, precision=column, zero_padding=form == "returning")
+        check(public(op, who, out=form != "returning"), case, precision=column, zero_padding=form != "out")
 
     try:
         serve(backend)
