@@ -19,11 +19,17 @@ from gdn_plugin.backends.triton.launch import (
     launch_count,
     recorded,
 )
-from gdn_plugin.ops.cases import Heads, conv_prologue_case, fused_decode_case, gated_norm_case
+from gdn_plugin.ops import cases
 from tests.support.memory import Launches
 
 CPU = torch.device("cpu")
-MAKERS = {"conv_prologue": conv_prologue_case, "fused_decode": fused_decode_case, "gated_norm": gated_norm_case}
+MAKERS = {
+    "conv_prologue": cases.conv_prologue_case,
+    "decode": cases.decode_case,
+    "fused_decode": cases.fused_decode_case,
+    "verify": cases.verify_case,
+    "gated_norm": cases.gated_norm_case,
+}
 
 
 class Kernel:
@@ -106,7 +112,7 @@ def test_recording_ends_with_an_error_and_is_one_threads_own(kernel):
 def test_an_op_is_one_launch_and_nothing_of_atens(op, interleaved):
     """Whatever the layout of the projections: no copy in front, no fill behind."""
     run = import_module(f"gdn_plugin.backends.triton.{op}").run
-    case = MAKERS[op](heads=Heads(2, 4, 64, 64), interleaved=interleaved, gap=8, device="meta")
+    case = MAKERS[op](heads=cases.Heads(2, 4, 64, 64), interleaved=interleaved, gap=8, device="meta")
     with recorded(90):
         run(**case.arguments())  # a workspace is made once
     arguments = case.arguments()

@@ -137,7 +137,7 @@ def test_facts_of_a_problem_are_followed(op, facts):
 @pytest.mark.parametrize("op", [op for op in OPS if op_of(op).interleaved])
 def test_interleaved_heads_take_the_kernels_of_flat_ones(op, heads):
     problem = problem_of(op, heads)
-    for lens in ([1], [1, 1, 1], [70], [70, 900]) if op != "fused_decode" else ([1], [1, 1, 1]):
+    for lens in ([1], [1, 1, 1], [70], [70, 900]) if op not in ONE_TOKEN else ([1], [1, 1, 1]):
         with recorded(90) as recording:
             for call in calls(problem, lens, interleaved=True):
                 op_of(op).run(**call)

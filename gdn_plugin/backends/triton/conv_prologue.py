@@ -242,11 +242,16 @@ def conv_prologue_kernel(
 
 @dataclass(frozen=True, slots=True)
 class PrologueConfig:
-    """A step of a program: `runs` rows of a tile, each `run_length` tokens further. A block is one step or several."""
+    """A step of a program: `runs` rows of a tile, each `run_length` tokens further. A block is one step or several.
+
+    Args:
+        registers: most that a thread may have; None leaves it to the compiler.
+    """
 
     runs: int
     run_length: int
     num_warps: int
+    registers: int | None = None
 
     @property
     def step(self) -> int:
@@ -254,16 +259,18 @@ class PrologueConfig:
         return self.runs * self.run_length
 
 
-# (for short sequences, for long ones), by the io dtype, at K = V = 128 in bf16. Chosen by what they compile to (sm_90a,
-# triton 3.9, 2026-11-27; not run): 96 registers, loads and stores of 16 bytes (short: 8), and, an element, in steps of
-# four, 24 instructions for q and k and 18 for v. The kernel before had 44 and 37, blocks of one step and loads of 8
+# (for short sequences, for long ones), by the io dtype. Chosen by what they compile to at K = V = 128 in bf16 (sm_90a,
+# triton 3.6 and 3.9, 2026-11-27; not run): loads and stores of 16 bytes (short: 8), and, an element, in blocks of four
+# steps, 24 instructions for q and k and 18 for v. The kernel before had 44 and 37, blocks of one step and loads of 8
 # bytes: 323 us in an H100's layer at 16384 tokens of Hk 16, Hv 32, where its bytes take 179 and its instructions 184.
+# 96 registers are five programs a multiprocessor; on sm_90 triton 3.6 takes 128 where it may, and spills none at 96.
+_SHORT = PrologueConfig(runs=1, run_length=4, num_warps=1)
+_CAPPED = (_SHORT, PrologueConfig(runs=8, run_length=4, num_warps=4, registers=96))
 CONFIGS: Table[tuple[PrologueConfig, PrologueConfig]] = Table(
     {
-        (0, 0, 0, ""): (
-            PrologueConfig(runs=1, run_length=4, num_warps=1),
-            PrologueConfig(runs=8, run_length=4, num_warps=4),
-        )
+        (0, 0, 0, ""): (_SHORT, PrologueConfig(runs=8, run_length=4, num_warps=4)),
+        (90, 128, 128, "bfloat16"): _CAPPED,
+        (90, 128, 128, "float16"): _CAPPED,
     }
 )
 MAX_STEPS = 4
@@ -338,6 +345,7 @@ def run(
         num_columns=conv_state.shape[2], null_index=null_index, exp_gate=int(exp_gate),
         steps=steps, K=head_k_dim, V=head_v_dim, W=width, R=config.runs, RUN=config.run_length,
         BH=triton.next_power_of_2(num_v_heads), num_warps=config.num_warps, num_stages=1,
+        maxnreg=config.registers,
     )  # fmt: skip
 
 
