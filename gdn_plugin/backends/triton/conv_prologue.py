@@ -272,7 +272,8 @@ CONFIGS: Table[tuple[PrologueConfig, PrologueConfig]] = Table(
         (0, 0, 0, ""): (_SHORT, _LONG),
         (90, 128, 128, "bfloat16"): (_SHORT, replace(_LONG, registers=96)),
         (90, 128, 128, "float16"): (_SHORT, replace(_LONG, registers=96)),
-        (100, 0, 0, ""): (_SHORT, replace(_LONG, registers=128)),
+        (100, 0, 0, ""): (_SHORT, replace(_LONG, registers=168)),
+        (100, 128, 128, ""): (_SHORT, replace(_LONG, registers=128)),
     }
 )
 MAX_STEPS = 4
