@@ -321,14 +321,14 @@ class _Maker:
         return {"q": q, "k": k, "v": v}
 
     def gates(
-        self, tokens: int, heads: Heads, dtype: torch.dtype, gap: int, interleaved: bool
-    ) -> dict[str, Tensor]:  # fmt: skip
+        self, tokens: int, heads: Heads, dtype: torch.dtype, gap: int, bias_dtype: torch.dtype | None, interleaved: bool
+    ) -> dict[str, Tensor]:
         hv = heads.v_heads
         a, b = self.columns(tokens, (hv, hv), dtype, gap)
         if interleaved:
             b, a = self.shares(heads.k_heads, (b, a), gap).chunk(2, dim=2)
         A_log = torch.log(self.uniform(hv) * 8 + 0.05).to(self.device)
-        return {"a": a, "b": b, "A_log": A_log, "dt_bias": self.normal(hv).to(self.device, dtype)}
+        return {"a": a, "b": b, "A_log": A_log, "dt_bias": self.normal(hv).to(self.device, bias_dtype or dtype)}
 
     def fill(self, pool: Pool, rows: Sequence[int], first: int = 0, count: int | None = None) -> None:
         """Numbers in some rows: in `count` of the last dim's elements from `first` on, or in all."""
@@ -457,13 +457,15 @@ def decode_case(
     batch: int = 5, heads: Heads = SMALL, io_dtype: torch.dtype = torch.float32,
     state_dtype: torch.dtype = torch.float32, *, padding: Sequence[int] = (), promise: str = "any",
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
-    use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None, null_index: int = -1,
+    use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None, null_index: int = -1,
     interleaved: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """One token a sequence.
 
     Args:
-        gate_dtype: a's, b's and dt_bias's (default: the io dtype).
+        gate_dtype: of a and b (default: io_dtype).
+        bias_dtype: of dt_bias (default: theirs).
         interleaved: a and b, and where an op has them mixed_qkv and z, come with interleaved heads; their values are
             those of the flat case.
     """
@@ -471,7 +473,7 @@ def decode_case(
     hv = heads.v_heads
     null_index = _promised(promise, null_index, padding, 0)
     args: dict[str, Any] = m.qkv(batch, heads, io_dtype, gap, "random", use_qk_l2norm)
-    args |= m.gates(batch, heads, gate_dtype or io_dtype, gap, interleaved)
+    args |= m.gates(batch, heads, gate_dtype or io_dtype, gap, bias_dtype, interleaved)
     live = m.live([1] * batch, batch, padding)
     if promise == "any":
         m.poison(live, [args[name] for name in ("q", "k", "v", "a", "b")])
@@ -516,7 +518,8 @@ def conv_prologue_case(
     layout: str = "DS", shared: bool = False, bias: bool = True, fresh: Sequence[int] | None = (),
     padding: Sequence[int] = (), accepted: Sequence[int] | None = None, extra_columns: int = 0, pad_tokens: int = 0,
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1, exp_gate: bool = False,
-    gate_dtype: torch.dtype | None = None, null_index: int = -1, offsets_dtype: torch.dtype = torch.int32,
+    gate_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None, null_index: int = -1, offsets_dtype: torch.dtype = torch.int32,
     interleaved: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """The prologue of a prefill, or, with `accepted` (num_accepted_tokens), of speculative rows.
@@ -534,7 +537,7 @@ def conv_prologue_case(
     if interleaved:
         mixed, _ = m.interleaved_qkvz(heads, mixed, None, gap)
     args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(tokens, heads, gate_dtype, gap, interleaved)
+    args |= m.gates(tokens, heads, gate_dtype, gap, bias_dtype, interleaved)
     live = m.live(lens, tokens, padding)
     m.poison(live, (mixed, args["a"], args["b"]))
 
@@ -580,7 +583,8 @@ def fused_decode_case(
     state_dtype: torch.dtype = torch.float32, *, conv_dtype: torch.dtype | None = None, width: int = WIDTH,
     layout: str = "DS", shared: bool = False, bias: bool = True, norm: bool = True, gate: str = "silu",
     padding: Sequence[int] = (), extra_columns: int = 0, pool_rows: int | None = None, page_tail: int = 24,
-    gap: int = 0, index_stride: int = 1, gate_dtype: torch.dtype | None = None, null_index: int = -1,
+    gap: int = 0, index_stride: int = 1, gate_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None, null_index: int = -1,
     interleaved: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """The whole decode step; norm=False passes z and norm_weight as None. mixed_qkv and z share one projection."""
@@ -592,7 +596,7 @@ def fused_decode_case(
     else:
         z = z.unflatten(1, (hv, heads.v_dim))
     args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(batch, heads, gate_dtype, gap, interleaved)
+    args |= m.gates(batch, heads, gate_dtype, gap, bias_dtype, interleaved)
     live = m.live([1] * batch, batch, padding)
     m.poison(live, (mixed, z, args["a"], args["b"]))
     count = batch + 3 if pool_rows is None else pool_rows
@@ -624,7 +628,8 @@ def verify_case(
     null_slots: Sequence[tuple[int, int]] = (),
     start_rows: bool = False, padding: Sequence[int] = (), promise: str = "any", pad_tokens: int = 0,
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
-    use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None, null_index: int = -1,
+    use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None, null_index: int = -1,
     offsets_dtype: torch.dtype = torch.int32, interleaved: bool = False, device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Case:  # fmt: skip
@@ -642,7 +647,7 @@ def verify_case(
     null_index = _promised(promise, null_index, padding, pad_tokens)
     accepted = [1 + i % slots for i in range(batch)] if accepted is None else list(accepted)
     args: dict[str, Any] = m.qkv(tokens, heads, io_dtype, gap, "random", use_qk_l2norm)
-    args |= m.gates(tokens, heads, gate_dtype or io_dtype, gap, interleaved)
+    args |= m.gates(tokens, heads, gate_dtype or io_dtype, gap, bias_dtype, interleaved)
     live_tokens = m.live(lens, tokens, padding)
     if promise == "any":
         m.poison(live_tokens, [args[name] for name in ("q", "k", "v", "a", "b")])
@@ -708,7 +713,8 @@ def case(
 
     mixed_qkv, z, a and b are slices of wider projections, conv_state and state share padded pages; the rest follows
     from the problem: dtypes, heads, padded_pool, checkpoints (one every 64 tokens), max_spec_tokens (rows a sequence;
-    conv_prologue then gets num_accepted_tokens), padding, strided, unaligned, gate_dtype.
+    conv_prologue then gets num_accepted_tokens), padding, strided, unaligned, gate_dtype,
+    bias_dtype, qk_l2norm.
 
     Args:
         lens: tokens of each sequence; decode, fused_decode and gated_norm take their sum as the number of tokens.
@@ -740,6 +746,8 @@ def case(
         "promise": promise,
         "null_index": 0 if promise == "scratch" else -1,
         "gate_dtype": getattr(torch, p.gate_dtype) if p.gate_dtype else None,
+        "bias_dtype": getattr(torch, p.bias_dtype) if p.bias_dtype else None,
+        **({} if p.qk_l2norm is None else {"use_qk_l2norm": p.qk_l2norm}),
         **({"state_dtype": state} if p.op == "conv_prologue" else {}),
         "layout": "SD",
         "shared": p.padded_pool,
