@@ -58,11 +58,14 @@ class BackendOp:
             it lists what is compiled for that pool's own size and strides, and nothing else.
         compile_count: kernels that this backend has compiled in this process so far. Ops of one backend may share one
             function; it is then counted once.
+        interleaved: `run` takes projections with interleaved heads as they come (see gdn_plugin.ops), in whose shape
+            the key heads are a dim more; without it they are sorted in front of it.
     """
 
     run: Callable[..., None]
     variants: Callable[..., Iterable[Variant]] = _no_variants
     compile_count: Callable[[], int] = _nothing_compiled
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,9 +51,9 @@ def lengths(op):
                 yield [1] * (count - 1) + [total - count + 1]
 
 
-def calls(problem, lens):
+def calls(problem, lens, **features):
     """A call in every form that the problem leaves open, in the layouts that hosts bring."""
-    arguments = case(problem, lens, device="meta").arguments()
+    arguments = case(problem, lens, device="meta", **features).arguments()
     either = {
         "dt_bias": ("io",) if problem.bias_dtype else ("io", "fp32"),
         "use_qk_l2norm": (True, False) if problem.qk_l2norm is None else (problem.qk_l2norm,),
@@ -156,6 +156,17 @@ def test_the_self_check_asks_for_no_kernel_that_is_not_listed(op):
         with recorded(90) as recording:
             run(**{name: x for name, x in arguments.items() if name not in left_out(run, arguments)})
         assert recording.launches and {key(launch) for launch in recording.launches} <= set(listed(problem, 90))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 6), (16, 32)], ids=lambda heads: "x".join(map(str, heads)))
+@pytest.mark.parametrize("op", [op for op in OPS if op_of(op).interleaved])
+def test_interleaved_heads_take_the_kernels_of_flat_ones(op, heads):
+    problem = problem_of(op, heads)
+    for lens in ([1], [1, 1, 1], [70], [70, 900]) if op not in ONE_TOKEN else ([1], [1, 1, 1]):
+        with recorded(90) as recording:
+            for call in calls(problem, lens, interleaved=True):
+                op_of(op).run(**call)
+        assert {key(one) for one in recording.launches} <= set(listed(problem, 90))
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "float16"])

@@ -201,12 +201,8 @@ def _define(chosen: Level) -> torch.library.Library:
 
 
 def _schema(record: Op) -> str:
-    """The op's `_out` form, hints left out, and `zero_padding`, where there is one, in place of the backend's name."""
-    return (
-        record.without_hints()
-        .schema(out=True)
-        .replace(", str backend)", ", bool zero_padding)" if record.pads else ")")
-    )
+    """The op's `_out` form, without its hints and without the backend's name."""
+    return record.without_hints().schema(out=True).replace(", str backend)", ")")
 
 
 def _find_or_build(chosen: Level) -> None:
