@@ -103,7 +103,7 @@ def run_in_subprocess(
     Returns:
         The result (None where the engine failed) and everything its processes logged.
     """
-    from gdn_plugin.tools import child
+    from gdn_plugin import child
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,23 +6,42 @@ kernels that a backend compiles for a pool's own size.
 
 from __future__ import annotations
 
+import functools
 import logging
+import time
+from multiprocessing.util import Finalize
 
 import torch
 from torch import Tensor
 
 from gdn_plugin import ops
 from gdn_plugin.hosts.core import Core
+from gdn_plugin.ops import ahead
 
 _done: set[tuple[object, ...]] = set()
+_ready = 0  # what `ops.compile_count` said when the last warm-up ended
 
 
-def warm_up(core: Core, device: torch.device) -> None:
-    """Compile what a layer of this shape can reach. Once a process for each shape, choice and device."""
+def warm_up(core: Core, device: torch.device, log: logging.Logger) -> None:
+    """Compile what a layer of this shape can reach. Once a process for each shape, choice and device.
+
+    Args:
+        log: the host's room's, which its engine shows.
+    """
+    global _ready
     if not _first(core, device):
         return
+    began = time.perf_counter()
     for choice in core.selection.choices.values():
         ops.warm_up(choice.problem, backend=choice.name, device=device.type)
+    count = ops.compile_count()
+    before = ahead.totals
+    log.info(
+        "gdn_plugin: warmed up in %.1f s, %d kernels in this process; %d were compiled ahead and %d found, in %.1f s",
+        time.perf_counter() - began, count, before.made, before.found, before.seconds,
+    )  # fmt: skip
+    _ready = count
+    _tell_at_the_end(log)
 
 
 def warm_up_pool(core: Core, state: Tensor, log: logging.Logger) -> None:
@@ -30,11 +49,12 @@ def warm_up_pool(core: Core, state: Tensor, log: logging.Logger) -> None:
 
     Args:
         state: the layer's state pool, as the host has allocated it; its rows up to null_index may be written.
-        log: the host's room's, for what could not be compiled.
+        log: as above.
     Raises:
         Whatever the compiler of a backend that was asked for by name raises. Under auto that is logged, and the kernels
         are compiled by the first steps.
     """
+    global _ready
     if not _first(core, state.device, state.dtype, state.shape, state.stride()):
         return
     for choice in core.selection.choices.values():
@@ -44,6 +64,18 @@ def warm_up_pool(core: Core, state: Tensor, log: logging.Logger) -> None:
             if choice.request != "auto":
                 raise
             log.warning("gdn_plugin: %s on %s was not compiled ahead: %s", choice.problem.op, choice.name, exc)
+    _ready = ops.compile_count()
+
+
+@functools.cache
+def _tell_at_the_end(log: logging.Logger) -> None:
+    """From now on: when the process ends in order, say how many kernels serving has compiled. It should be none."""
+
+    def tell() -> None:
+        since = ops.compile_count() - _ready
+        log.log(logging.WARNING if since else logging.INFO, "gdn_plugin: kernels compiled since start-up: %d", since)
+
+    Finalize(None, tell, exitpriority=0)  # unlike atexit, in processes of multiprocessing too
 
 
 def _first(core: Core, *facts: object) -> bool:

@@ -47,6 +47,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     monkeypatch.setattr(dispatch, "backend_op", made)
     monkeypatch.setattr(dispatch, "_working", lambda platform, pick: pick({}))
     monkeypatch.setattr(host, "_done", set())
+    monkeypatch.setattr(host, "_ready", 0)
+    monkeypatch.setattr(host, "Finalize", lambda *_, **__: None)
+    host._tell_at_the_end.cache_clear()
     return made
 
 
@@ -58,9 +61,9 @@ def core(request: str = "auto", shape: Shape = SHAPE) -> Core:
 
 def test_every_variant_of_every_choice_is_compiled_once(compiler: Compiler) -> None:
     for _ in range(3):  # layers of one shape
-        host.warm_up(core(), torch.device("cpu"))
+        host.warm_up(core(), torch.device("cpu"), LOG)
     assert sorted(compiler.compiled) == sorted((op, False) for op in SHAPE.problems() for _ in range(2))
-    host.warm_up(core(shape=replace(SHAPE, num_v_heads=4)), torch.device("cpu"))
+    host.warm_up(core(shape=replace(SHAPE, num_v_heads=4)), torch.device("cpu"), LOG)
     assert len(compiler.compiled) == 4 * len(SHAPE.problems())
 
 
@@ -82,3 +85,24 @@ def test_a_compiler_that_fails_stops_only_what_was_asked_for_by_name(compiler: C
     host.warm_up_pool(core(), POOL[:7], logger)
     assert lines == ["gdn_plugin: fused_decode on torch was not compiled ahead: no ptxas"]
     assert {op for op, _ in compiler.compiled} >= set(SHAPE.problems()) - {"fused_decode"}
+
+
+def test_the_log_has_the_counter_at_the_start_and_what_came_after(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = 5
+    at_the_end: list[Any] = []
+    monkeypatch.setattr(host.ops, "compile_count", lambda: count)
+    monkeypatch.setattr(host, "Finalize", lambda of, call, exitpriority: at_the_end.append(call))
+    with caplog.at_level(logging.INFO, LOG.name):
+        host.warm_up(core(), torch.device("cpu"), LOG)
+        host.warm_up_pool(core(), POOL, LOG)
+        host._tell_at_the_end(LOG)
+        (tell,) = at_the_end
+        tell()
+        count = 7
+        tell()
+    warmed, none, two = caplog.records
+    assert "warmed up in" in warmed.message and "5 kernels in this process" in warmed.message
+    assert none.message.endswith("compiled since start-up: 0") and none.levelno == logging.INFO
+    assert two.message.endswith("compiled since start-up: 2") and two.levelno == logging.WARNING

@@ -57,7 +57,7 @@ class GdnPluginBackend(GDNAttnBackend):
         state = cache.temporal[0]
         shape = _shape(cache.conv[0], cache.temporal, model_runner.dtype, pool.enable_mamba_extra_buffer)
         self._gdn_core = Core(shape, _resolve(shape, tuple(wanted.items()), state.device.type))
-        warm_up(self._gdn_core, state.device)
+        warm_up(self._gdn_core, state.device, _log)
         warm_up_pool(self._gdn_core, state, _log)
 
     def supports_prefill_graph_extend(self) -> bool:
@@ -210,7 +210,7 @@ def _value_heads(of: Any) -> tuple[int, int]:
 @functools.cache
 def _resolve(shape: Shape, wanted: tuple[tuple[str, str], ...], device_type: str) -> Selection:
     """Backends for a rank's share, self-checked; one log line a distinct choice."""
-    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type)
+    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type, compile_ahead=True)
     for line in selection.describe():
         _log_once(logging.INFO, f"gdn_plugin: {line}")
     return selection
