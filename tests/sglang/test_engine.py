@@ -123,12 +123,14 @@ def difference(result: dict[str, Any], wanted: dict[str, Any]) -> tuple[int, flo
 def say(request: pytest.FixtureRequest) -> Callable[..., None]:
     """say(result, wanted): the comparison, where the tests' dots are."""
     terminal = request.config.pluginmanager.getplugin("terminalreporter")
+    captured = request.config.pluginmanager.getplugin("capturemanager")
 
     def say(result: dict[str, Any], wanted: dict[str, Any]) -> None:
         wrong, mean = difference(result, wanted)
         total = sum(len(answer["tokens"]) for prompts in wanted["rounds"] for answer in prompts)
         name = request.node.name.removeprefix("test_").replace("_", " ")
-        terminal.write_line(f"\n{name}: {total - wrong}/{total} tokens equal, mean |d log p| {mean:.4f}")
+        with captured.global_and_fixture_disabled():
+            terminal.write_line(f"{name}: {total - wrong}/{total} tokens equal, mean |d log p| {mean:.4f}")
 
     return say
 
