@@ -88,13 +88,13 @@ def main() -> int:
     engine: dict[str, Any] = {"model_path": str(checkpoint), "chunked_prefill_size": options.chunk}
     if options.qwen3_5:
         engine["enable_multimodal"] = False
-    if options.extra_buffer:
-        engine["mamba_radix_cache_strategy"] = "extra_buffer"
     rounds = prompts()
     job = {"engine": engine, "rounds": rounds, "max_tokens": 16}
     folder = Path(tempfile.mkdtemp(prefix="gdn-plugin-demo-sglang-"))
     standins, _ = serve("standins", job, {"GDN_PLUGIN_DISABLE": "1"}, folder)
     environment = {"GDN_PLUGIN_DISABLE": "0", "GDN_PLUGIN_BACKEND": options.backend}
+    if options.extra_buffer:  # which the stand-ins cannot: they have no state of the middle of a prompt
+        engine["mamba_radix_cache_strategy"] = "extra_buffer"
     plugin, log = serve("plugin", job, environment, folder)
     chosen = re.findall(r"gdn_plugin: (\w+: \S+ \([^)]*\))", log)
     if SERVED_BY_STANDIN in log or not chosen:
