@@ -17,6 +17,7 @@ NAMES = {
     "decode": ["flashinfer", "triton", "cpu", "torch", "reference"],
     "fused_decode": ["triton", "cpu", "torch", "reference"],
     "verify": ["flashinfer", "triton", "cpu", "torch", "reference"],
+    "fused_verify": ["triton", "torch", "reference"],
     "gated_norm": ["triton", "cpu", "torch", "reference"],
 }
 

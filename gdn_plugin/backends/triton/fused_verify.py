@@ -167,7 +167,8 @@ def fused_verify_kernel(
                 tl.store(p_o, tl.zeros([BV], dtype=tl.float32).to(p_out.dtype.element_ty))
         return
 
-    o_s = i_h * (V * K) + o_v[:, None] * K + o_k[None, :]
+    p_state += i_h * (V * K) + i_v * (BV * K)
+    o_s = tl.arange(0, BV)[:, None] * K + o_k[None, :]
     # A scalar flag itself the interpreter rejects as a mask.
     m_s = (o_v < tl.where(fresh, 0, V))[:, None]
     b_s = tl.load(p_state + row * stride_state + o_s, mask=m_s, other=0.0).to(tl.float32)
