@@ -25,6 +25,7 @@ WIDTH = 4  # of the convolution, as in every published GDN model
 CHECKPOINT_EVERY = 64
 NAN = float("nan")
 _ALIGN = 64  # bytes
+_OF_PROJECTIONS = ("conv_prologue", "fused_decode", "fused_verify")  # take slices of what a projection gives
 _Parts = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape of a row, dtype)
 
 
@@ -755,7 +756,7 @@ def case(
     facts: dict[str, Any] = {
         "device": device,
         "seed": seed,
-        "gap": gap if p.op in ("conv_prologue", "fused_decode", "fused_verify") or (p.strided and not wants.contiguous) else 0,
+        "gap": gap if p.op in _OF_PROJECTIONS or (p.strided and not wants.contiguous) else 0,
         "page_tail": page_tail,
         "promise": promise,
         "null_index": 0 if promise == "scratch" else -1,

@@ -1,4 +1,4 @@
-"""The Triton fused_verify under Triton's interpreter, against the float64 reference. Races: test_shared_between_programs."""
+"""The Triton fused_verify under Triton's interpreter, against the float64 reference. Its races have their own file."""
 
 from __future__ import annotations
 

@@ -23,17 +23,16 @@ A padding sequence and an empty one draw no tickets: all programs of a group see
 fresh sequence (has_initial_state False) reads neither pool. Counters are those of `fused_decode`, which says how they
 are kept.
 
-What it must move, B sequences of L tokens, in bytes (i of the io dtype, s of the state's), against which a launch of
-its own for each part moves q, k, v, g, beta and out once more each way:
+What it must move, B sequences of L tokens, i bytes an element of tokens and conv_state, s of the state:
     state     B * (1 + L) * Hv*V*K * s
     tokens    B * L * (dim + 2*Hv*V) * i            mixed_qkv and z in, out out
     history   B * dim * ((W-1) + (W-2+L)) * i
-At B = 64, L = 4, Hk 16, Hv 32, K = V = 128, bf16 throughout: 336 + 8 + 9 = 353 MB, 105 us at 3.35 TB/s. What it moves
-more: q and k of a key head, (L + W-1) * 2*K inputs and W * 2*K weights, are read by each of the Hv/Hk * V/BV programs of
-a group (8 at Hv = 2*Hk, BV = 32), from L1 or L2: 62 MB of inputs and history and 64 MB of weights. Operations: 7 a state
-element and token (0.94 GFLOP there, 134 M elements stepped), 2*W a channel and token for the convolution, the one of q
-and k V/BV * Hv/Hk times. A token's inputs are asked for while the token before is worked on, and its state is stored
-while the next one is.
+At B = 64, L = 4, Hk 16, Hv 32, K = V = 128 and 2 bytes: 336 + 8 + 9 = 353 MB, 105 us at 3.35 TB/s. In three launches
+the parts move q, k, v, out, g and beta once more each way. As written the programs request 411 MB: a group's Hv/Hk *
+V/BV programs (8 there, BV = 32) each read the key head's (L + W) * 2*K inputs and history and W * 2*K weights, from L1
+or L2 all but once; `out` makes one more round trip through L2 for the norm. Operations: 7 a state element and token,
+0.94 GFLOP there, and 2*W a channel and token for the convolution, 0.02, the one of q and k once a program. A token's
+inputs are asked for while the token before is worked on, and its state is stored while the next one is.
 """
 
 # ruff: noqa: RUF005 - Triton has no unpacking of tuples
@@ -251,7 +250,8 @@ def fused_verify_kernel(
                 o_t = (o_r // RATIO)[:, None]
                 heads = (i_hk * RATIO + o_r % RATIO)[:, None]
                 mask = (o_r < length * RATIO)[:, None]
-                b_z = tl.load(p_z + (start + o_t) * stride_z_t + heads * stride_z_h + o_f[None, :], mask=mask, other=0.0)
+                p_gate = p_z + (start + o_t) * stride_z_t + heads * stride_z_h + o_f[None, :]
+                b_z = tl.load(p_gate, mask=mask, other=0.0)
                 p_part = p_out + o_t * stride_out_t + heads * stride_out_h + o_f[None, :]
                 # .cg: from L2, where the other programs' stores are
                 b_part = tl.load(p_part, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
@@ -276,9 +276,10 @@ def run(
     """Packed speculative tokens from mixed_qkv [T, 2*Hk*K + Hv*V] to out [T, Hv, V], state_indices [B, S].
 
     Sequence i starts from row state_indices[i, n_i - 1], or start_rows[i] where given, and from the columns n_i - 1 on
-    of conv_state's row state_indices[i, 0]; its state after token t lands in row state_indices[i, t]. Without an initial
-    state it starts from zeros and reads no row. With z and norm_weight, out is RMSNorm(o) * weight * gate(z). Sequences
-    whose first or start row is <= null_index touch no pool; their `out` is zeroed under zero_padding and left otherwise.
+    of conv_state's row state_indices[i, 0]; its state after token t lands in row state_indices[i, t]. Without an
+    initial state it starts from zeros and reads no row. With z and norm_weight, out is RMSNorm(o) * weight * gate(z).
+    Sequences whose first or start row is <= null_index touch no pool; their `out` is zeroed under zero_padding and left
+    otherwise.
 
     Args:
         config: for a tuning script; else the table's.

@@ -45,10 +45,7 @@ def problems(args: argparse.Namespace, *, ragged: bool = True) -> dict[str, Prob
     Args:
         ragged: its speculative batches too are as a host has them.
     """
-    return {
-        op: host_problem(op, args.dtype, args.state_dtype, args.heads, args.dims, ragged=ragged)
-        for op in OPS
-    }
+    return {op: host_problem(op, args.dtype, args.state_dtype, args.heads, args.dims, ragged=ragged) for op in OPS}
 
 
 def host_problem(
