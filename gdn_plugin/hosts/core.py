@@ -25,6 +25,7 @@ class Shape:
     Args:
         spec_tokens: most tokens that a speculative row brings (drafts + 1); 0 without speculation.
         checkpoints: the host may ask for states from the middle of a prefill.
+        bias_dtype: of dt_bias.
         null_index: pool rows up to this one hold no sequence; padding names them.
         padding: what the ops may take for granted of padding sequences, see `gdn_plugin.ops`.
     """
@@ -38,6 +39,7 @@ class Shape:
     conv_width: int
     spec_tokens: int = 0
     checkpoints: bool = False
+    bias_dtype: str = ""
     null_index: int = -1
     padding: str = "any"
 
@@ -63,6 +65,8 @@ class Shape:
                 max_spec_tokens=self.spec_tokens if op in ("conv_prologue", "verify", "fused_verify") else 0,
                 ragged=op in ("verify", "fused_verify"),
                 padding=self.padding if op in ("prefill", "decode", "verify") else "any",
+                bias_dtype="" if op == "prefill" else self.bias_dtype,
+                qk_l2norm=False if op in ("prefill", "decode", "verify") else None,  # conv_prologue has done it
             )
             for op in used
         }

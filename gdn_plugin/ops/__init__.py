@@ -14,8 +14,9 @@ The same for every function here:
 - state [N, Hv, V, K] fp32, bf16 or fp16: rows dense, any distance apart. conv_state [N, dim, W-1 or more], dense in
   either order of its last two dims. Both are updated in place.
 - state_indices int32: each sequence's row, unique. A row <= null_index is padding: nothing is read or written for
-  that sequence, whether or not it has tokens. Uniqueness and range are not checked, except under GDN_PLUGIN_DEBUG=1:
-  that would synchronise.
+  that sequence, whether or not it has tokens.
+- Values are not checked, except under GDN_PLUGIN_DEBUG=1: that would synchronise. So rows that are unique and inside
+  the pool, offsets that rise to at most T, and counts of accepted tokens from 1 to S are the caller's to see to.
 - padding: what the caller promises of padding, for kernels that have no mask for it. "any": nothing. "scratch": padding
   sequences name row 0 (null_index 0), which belongs to nobody and may be read and written, and padding tokens hold
   finite numbers, as conv_prologue leaves them. "none": no sequence is padding and cu_seqlens[-1] is T.
@@ -27,7 +28,7 @@ The same for every function here:
 - Wrong arguments raise ValueError with the argument's name, before anything is written; NoBackendError says that
   nothing that was asked for can run these shapes here, and why.
 - No synchronisation on CUDA (backend `reference` excepted); every call can be captured in a CUDA graph. None of the ops
-  has a backward.
+  has a backward, nor a rule for torch.func.vmap.
 """
 
 from __future__ import annotations

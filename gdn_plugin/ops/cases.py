@@ -301,10 +301,12 @@ class _Maker:
             x.copy_(wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-12))
         return {"q": q, "k": k, "v": v}
 
-    def gates(self, tokens: int, hv: int, dtype: torch.dtype, gap: int) -> dict[str, Tensor]:
+    def gates(
+        self, tokens: int, hv: int, dtype: torch.dtype, gap: int, bias_dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
         a, b = self.columns(tokens, (hv, hv), dtype, gap)
         A_log = torch.log(self.uniform(hv) * 8 + 0.05).to(self.device)
-        return {"a": a, "b": b, "A_log": A_log, "dt_bias": self.normal(hv).to(self.device, dtype)}
+        return {"a": a, "b": b, "A_log": A_log, "dt_bias": self.normal(hv).to(self.device, bias_dtype or dtype)}
 
     def fill(self, pool: Pool, rows: Sequence[int], first: int = 0, count: int | None = None) -> None:
         """Numbers in some rows: in `count` of the last dim's elements from `first` on, or in all."""
@@ -433,15 +435,16 @@ def decode_case(
     batch: int = 5, heads: Heads = SMALL, io_dtype: torch.dtype = torch.float32,
     state_dtype: torch.dtype = torch.float32, *, padding: Sequence[int] = (), promise: str = "any",
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
-    use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None, null_index: int = -1,
+    use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None, null_index: int = -1,
     device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
-    """One token a sequence; gate_dtype is a's, b's and dt_bias's (default: the io dtype)."""
+    """One token a sequence. gate_dtype: of a and b (default: io_dtype); bias_dtype: of dt_bias (default: theirs)."""
     m = _Maker(device, seed)
     hv = heads.v_heads
     null_index = _promised(promise, null_index, padding, 0)
     args: dict[str, Any] = m.qkv(batch, heads, io_dtype, gap, "random", use_qk_l2norm)
-    args |= m.gates(batch, hv, gate_dtype or io_dtype, gap)
+    args |= m.gates(batch, hv, gate_dtype or io_dtype, gap, bias_dtype)
     live = m.live([1] * batch, batch, padding)
     if promise == "any":
         m.poison(live, [args[name] for name in ("q", "k", "v", "a", "b")])
@@ -486,7 +489,8 @@ def conv_prologue_case(
     layout: str = "DS", shared: bool = False, bias: bool = True, fresh: Sequence[int] | None = (),
     padding: Sequence[int] = (), accepted: Sequence[int] | None = None, extra_columns: int = 0, pad_tokens: int = 0,
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1, exp_gate: bool = False,
-    gate_dtype: torch.dtype | None = None, null_index: int = -1, offsets_dtype: torch.dtype = torch.int32,
+    gate_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None, null_index: int = -1, offsets_dtype: torch.dtype = torch.int32,
     device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """The prologue of a prefill, or, with `accepted` (num_accepted_tokens), of speculative rows.
@@ -502,7 +506,7 @@ def conv_prologue_case(
     batch, tokens = len(lens), sum(lens) + pad_tokens
     (mixed,) = m.columns(tokens, (heads.conv_dim,), io_dtype, gap)
     args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(tokens, hv, gate_dtype, gap)
+    args |= m.gates(tokens, hv, gate_dtype, gap, bias_dtype)
     live = m.live(lens, tokens, padding)
     m.poison(live, (mixed, args["a"], args["b"]))
 
@@ -548,7 +552,8 @@ def fused_decode_case(
     state_dtype: torch.dtype = torch.float32, *, conv_dtype: torch.dtype | None = None, width: int = WIDTH,
     layout: str = "DS", shared: bool = False, bias: bool = True, norm: bool = True, gate: str = "silu",
     padding: Sequence[int] = (), extra_columns: int = 0, pool_rows: int | None = None, page_tail: int = 24,
-    gap: int = 0, index_stride: int = 1, gate_dtype: torch.dtype | None = None, null_index: int = -1,
+    gap: int = 0, index_stride: int = 1, gate_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None, null_index: int = -1,
     device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """The whole decode step; norm=False passes z and norm_weight as None. mixed_qkv and z share one projection."""
@@ -556,7 +561,7 @@ def fused_decode_case(
     gate_dtype, hv = gate_dtype or io_dtype, heads.v_heads
     mixed, z = m.columns(batch, (heads.conv_dim, hv * heads.v_dim), io_dtype, gap)
     args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(batch, hv, gate_dtype, gap)
+    args |= m.gates(batch, hv, gate_dtype, gap, bias_dtype)
     live = m.live([1] * batch, batch, padding)
     m.poison(live, (mixed, z, args["a"], args["b"]))
     count = batch + 3 if pool_rows is None else pool_rows
@@ -588,7 +593,8 @@ def verify_case(
     null_slots: Sequence[tuple[int, int]] = (),
     start_rows: bool = False, padding: Sequence[int] = (), promise: str = "any", pad_tokens: int = 0,
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
-    use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None, null_index: int = -1,
+    use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None, null_index: int = -1,
     offsets_dtype: torch.dtype = torch.int32, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """Speculative tokens, S = slots rows a sequence.
@@ -605,7 +611,7 @@ def verify_case(
     null_index = _promised(promise, null_index, padding, pad_tokens)
     accepted = [1 + i % slots for i in range(batch)] if accepted is None else list(accepted)
     args: dict[str, Any] = m.qkv(tokens, heads, io_dtype, gap, "random", use_qk_l2norm)
-    args |= m.gates(tokens, hv, gate_dtype or io_dtype, gap)
+    args |= m.gates(tokens, hv, gate_dtype or io_dtype, gap, bias_dtype)
     live_tokens = m.live(lens, tokens, padding)
     if promise == "any":
         m.poison(live_tokens, [args[name] for name in ("q", "k", "v", "a", "b")])
@@ -728,7 +734,8 @@ def case(
 
     mixed_qkv, z, a and b are slices of wider projections, conv_state and state share padded pages; the rest follows
     from the problem: dtypes, heads, padded_pool, checkpoints (one every 64 tokens), max_spec_tokens (rows a sequence;
-    conv_prologue then gets num_accepted_tokens), padding, strided, unaligned, gate_dtype.
+    conv_prologue then gets num_accepted_tokens), padding, strided, unaligned, gate_dtype,
+    bias_dtype, qk_l2norm.
 
     Args:
         lens: tokens of each sequence; decode, fused_decode and gated_norm take their sum as the number of tokens.
@@ -761,6 +768,8 @@ def case(
         "promise": promise,
         "null_index": 0 if promise == "scratch" else -1,
         "gate_dtype": getattr(torch, p.gate_dtype) if p.gate_dtype else None,
+        "bias_dtype": getattr(torch, p.bias_dtype) if p.bias_dtype else None,
+        **({} if p.qk_l2norm is None else {"use_qk_l2norm": p.qk_l2norm}),
         **({"state_dtype": state} if p.op == "conv_prologue" else {}),
         "layout": "SD",
         "shared": p.padded_pool,

@@ -30,6 +30,7 @@ from gdn_plugin.registry import (
     Selection,
     SelfCheckError,
     choose,
+    judge,
     load,
     probe,
     rows,
@@ -166,21 +167,24 @@ def use(selection: Selection | Mapping[str, str]) -> Iterator[None]:
         _current.reset(token)
 
 
-def for_call(record: Op, arguments: Mapping[str, Any], out: Any, backend: str | None) -> str:
-    """The name of the backend for one call, from its metadata; it goes into the op's schema.
+def for_call(device: str, backend: str | None, facts: tuple[Any, ...]) -> str:
+    """The name of the backend for one call, from its facts; it goes into the op's schema.
+
+    Args:
+        backend: None for the current selection, a name, or a request such as "flashinfer,triton".
+        facts: see `facts`.
+    Raises:
+        NoBackendError: nothing that was asked for can run this problem, with every reason.
+    """
+    return _for_call(device, backend or "", facts)
+
+
+def facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...]:
+    """The fields of a call's Problem, in order, from metadata.
 
     Args:
         arguments: the call's inputs, checked.
         out: the call's output buffer or buffers, or None.
-        backend: None for the current selection, a name, or a request such as "flashinfer,triton".
-    Raises:
-        NoBackendError: nothing that was asked for can run this problem, with every reason.
-    """
-    return _for_call(arguments[record.lead].device.type, backend or "", _facts(record, arguments, out))
-
-
-def _facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...]:
-    """The fields of the call's Problem, in order.
 
     index() makes a symbolic size of a traced call a guarded constant; `True if ... else False` does it for a stride.
     """
@@ -223,25 +227,30 @@ def _strided(arguments: Mapping[str, Any]) -> bool:
     return any(not arguments[name].is_contiguous() for name in ("q", "k", "v", "g", "beta") if name in arguments)
 
 
-def _unaligned(arguments: Mapping[str, Any], out: Any) -> bool:
-    """Whether a tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
+# Tensors whose alignment reaches a kernel. Others (gates, parameters, row numbers, offsets) are small: a backend that
+# minds copies them, and a host's are slices that start anywhere.
+_ALIGNED = ("q", "k", "v", "g", "beta", "mixed_qkv", "x", "z", "state", "conv_state", "checkpoints")
 
-    Asked of the storage offset: an allocator's blocks start on 512 bytes, and a fake tensor has no address. Row numbers
-    and offsets are left out: a backend that minds copies them.
+
+def _unaligned(arguments: Mapping[str, Any], out: Any) -> bool:
+    """Whether such a tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
+
+    Asked of the storage offset: an allocator's blocks start on 512 bytes, and a fake tensor has no address.
     """
-    floats = [x for x in (*arguments.values(), out) if isinstance(x, Tensor) and x.is_floating_point()]
-    if any(x.storage_offset() * x.itemsize % 32 != 0 for x in floats):
-        return True
+    buffers = out if isinstance(out, (tuple, list)) else (out,)
+    for x in (*(arguments.get(name) for name in _ALIGNED), *buffers):
+        if x is not None and x.storage_offset() * x.itemsize % 32 != 0:
+            return True
     pool = arguments.get("state")
     return True if pool is not None and pool.stride(0) * pool.itemsize % 16 != 0 else False  # noqa: SIM210
 
 
-def _used(op: str, phase: str) -> tuple[str, str]:
-    """What `use` says of an op: (a backend that was resolved for it, a request for its phase); "" for nothing."""
+def _used(op: str, phase: str) -> tuple[Choice | None, str]:
+    """What `use` says of an op: (what was resolved for it, a request for its phase)."""
     current = _current.get()
     if isinstance(current, Selection):
-        return (current[op].name if op in current else ""), ""
-    return "", (current or {}).get(phase, "")
+        return current.choices.get(op), ""
+    return None, (current or {}).get(phase, "")
 
 
 @torch.compiler.assume_constant_result
@@ -250,14 +259,33 @@ def _for_call(device: str, named: str, facts: tuple[Any, ...]) -> str:
     op = facts[0]
     phase = registry.PHASE_OF_OP[op]
     chosen, given = _used(op, phase)
-    if chosen and not named:
-        return chosen
-    key = (device, named, given, facts, settings.backend_request(phase), settings.backend_request())
+    key: tuple[Any, ...]
+    if chosen is not None and not named:
+        key = (device, chosen.name, chosen.request, facts)
+    else:
+        key = (device, named, given, facts, settings.backend_request(phase), settings.backend_request())
     try:
         return _choices[key]
     except KeyError:
-        name = _choices[key] = _choose(device, Problem(*facts), named, given)
+        if chosen is not None and not named:
+            name = _still(chosen, device, Problem(*facts))
+        else:
+            name = _choose(device, Problem(*facts), named, given)
+        _choices[key] = name
         return name
+
+
+def _still(chosen: Choice, device: str, problem: Problem) -> str:
+    """The resolved backend where it can run this call too; else what its request gives for the call.
+
+    A layer is resolved for the calls that its host has announced. One with other facts (rows off a boundary, say) goes
+    to another backend under auto or by a list, and raises where the backend was asked for by name.
+    """
+    current = _current.get()
+    platform = current.platform if isinstance(current, Selection) else probe(device)
+    if judge(chosen.backend, platform, problem).supported:
+        return chosen.name
+    return _choose(device, problem, chosen.request, "")
 
 
 def _choose(device: str, problem: Problem, named: str, given: str) -> str:
@@ -291,9 +319,10 @@ def warm_up(
         the backend's name.
     """
     platform = _platform(device)
-    name, given = _used(problem.op, problem.phase)
-    if backend or not name:
-        name = _choose(platform.device, problem, backend or "", given)
+    chosen, given = _used(problem.op, problem.phase)
+    name = (
+        chosen.name if chosen is not None and not backend else _choose(platform.device, problem, backend or "", given)
+    )
     warm(backend_op(problem.op, name), platform, problem, pool)
     return name
 

@@ -39,8 +39,10 @@ class Problem:
         ragged: sequences of one verify call may bring different numbers of tokens.
         padding: what the caller promises of padding rows, one of `PADDING`.
         strided: q, k, v, g or beta (or what stands for them) are not contiguous.
-        unaligned: a tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
+        unaligned: a large tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
         gate_dtype: of a and b, by name; "" is the io dtype.
+        bias_dtype: of dt_bias, by name; "" leaves it open, and warm-up compiles for the io dtype and float32.
+        qk_l2norm: whether the op normalises q and k; None leaves it open, and warm-up compiles both.
         num_sequences: sequences a call typically has; 0 = unknown.
         num_tokens: tokens a call typically has; 0 = unknown.
     Raises:
@@ -65,6 +67,8 @@ class Problem:
     strided: bool = False
     unaligned: bool = False
     gate_dtype: str = ""
+    bias_dtype: str = ""
+    qk_l2norm: bool | None = None
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
@@ -73,7 +77,7 @@ class Problem:
             value = getattr(self, name)
             if value not in DTYPES:
                 raise ValueError(f"{name}={value!r} is not valid; choose one of: {', '.join(DTYPES)}")
-        for name in ("checkpoint_dtype", "gate_dtype"):
+        for name in ("checkpoint_dtype", "gate_dtype", "bias_dtype"):
             value = getattr(self, name)
             if value and value not in DTYPES:
                 raise ValueError(f"{name}={value!r} is not valid; choose one of: {', '.join(DTYPES)}")
@@ -110,6 +114,8 @@ class Problem:
             "strided": self.strided,
             "unaligned": self.unaligned,
             "gate_dtype": self.gate_dtype,
+            "bias_dtype": self.bias_dtype,
+            "qk_l2norm": "" if self.qk_l2norm is None else str(self.qk_l2norm),
             "num_sequences": self.num_sequences,
             "num_tokens": self.num_tokens,
         }

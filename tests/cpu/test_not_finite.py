@@ -88,8 +88,6 @@ def test_states_of_prefill_that_are_not_finite(level: str, io: torch.dtype) -> N
 @pytest.mark.parametrize("name", ["q", "k", "a", "b", "v"])
 @pytest.mark.parametrize("op", ["decode", "verify"])
 def test_one_token_at_a_time(level: str, op: str, name: str, value: float) -> None:
-    if name == "v" and value == value:
-        pytest.skip("infinity in v: the new output is worked out from the old state, so that inf - inf stays inf")
     case = decode_case(4, HEADS) if op == "decode" else verify_case((3, 1, 4), HEADS)
 
     def spoil(arguments: dict[str, Tensor]) -> None:

@@ -1,95 +1,60 @@
-"""Tensors as the vLLM host hands them over, for the three functions of the backend."""
+"""Calls of the backend's three functions on a simulated device, laid out by `cases` as the vLLM host does."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-HK, HV, D, ROWS = 16, 32, 128, 70
+from gdn_plugin.ops.cases import case
+from gdn_plugin.registry import Problem
+
+HEADS, D, ROWS = (16, 32), 128, 70
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
 
-def pool(dtype: torch.dtype, padding: int = 8192) -> Tensor:
-    """Rows apart by more than they hold: vLLM keeps conv and ssm state in one page."""
-    strides = (HV * D * D + padding, D * D, D, 1)
-    return torch.empty_strided((ROWS, HV, D, D), strides, dtype=dtype, device="cuda")
+def problem(op: str, heads: tuple[int, int], state_dtype: torch.dtype, **facts: Any) -> Problem:
+    return Problem(op, "bfloat16", str(state_dtype).removeprefix("torch."), *heads, D, D, **facts)
 
 
-def prefill_args(state_dtype: torch.dtype, *, batch: int = 8, tokens: int = 4099, **changes: Any) -> dict[str, Any]:
-    given = {
-        "q": empty(tokens, HK, D),
-        "k": empty(tokens, HK, D),
-        "v": empty(tokens, HV, D),
-        "g": empty(tokens, HV, dtype=torch.float32),
-        "beta": empty(tokens, HV, dtype=torch.float32),
-        "state": pool(state_dtype),
-        "state_indices": empty(batch, dtype=torch.int32),
-        "cu_seqlens": empty(batch + 1, dtype=torch.int32),
-        "has_initial_state": None,
-        "scale": D**-0.5,
-        "use_qk_l2norm": False,
-        "exp_gate": True,
-        "max_seqlen": tokens,
-        "null_index": 0,
-        "padding": "none",
-        "out": empty(tokens, HV, D),
-        "checkpoints": None,
-        "checkpoint_cu_starts": None,
-        "checkpoint_every": 0,
-        "zero_padding": False,
-    }
-    return given | changes
+def call(wanted: Problem, lens: Sequence[int], *, zero_padding: bool = False, **features: Any) -> dict[str, Any]:
+    """Every argument of a `run`; the values of its tensors are nobody's concern, for there are none."""
+    given = case(wanted, lens, device="meta", **features).arguments(zero_padding)
+    return {name: _on_cuda(x) if isinstance(x, Tensor) else x for name, x in given.items()}
 
 
-def checkpoint_args(state_dtype: torch.dtype, batch: int, every: int = 64) -> dict[str, Any]:
-    return {
-        "checkpoints": empty(40, HV, D, D, dtype=state_dtype),
-        "checkpoint_cu_starts": empty(batch + 1, dtype=torch.int32),
-        "checkpoint_every": every,
-    }
+def _on_cuda(x: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return empty(*x.shape, dtype=x.dtype)
+    extent = x.storage_offset() + 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return torch.empty(extent, dtype=x.dtype, device="cuda").as_strided(x.shape, x.stride(), x.storage_offset())
 
 
-def _recurrent(tokens: int) -> dict[str, Any]:
-    """q, k, v and the gates are slices of the projections, as the conv and the gate projection leave them."""
-    qkv, ba = empty(tokens, 2 * HK * D + HV * D + 64), empty(tokens, 2 * HV)
-    row = qkv.stride(0)
-    return {
-        "q": qkv.as_strided((tokens, HK, D), (row, D, 1), 0),
-        "k": qkv.as_strided((tokens, HK, D), (row, D, 1), HK * D),
-        "v": qkv.as_strided((tokens, HV, D), (row, D, 1), 2 * HK * D),
-        "a": ba.as_strided((tokens, HV), (2 * HV, 1), HV),
-        "b": ba.as_strided((tokens, HV), (2 * HV, 1), 0),
-        "A_log": empty(HV, dtype=torch.float32),
-        "dt_bias": empty(HV),
-        "scale": D**-0.5,
-        "use_qk_l2norm": False,
-        "padding": "none",
-        "out": empty(tokens, HV, D),
-        "zero_padding": False,
-    }
+def split(tokens: int, batch: int) -> list[int]:
+    """Lengths of `batch` sequences that have so many tokens together."""
+    return [tokens // batch] * (batch - 1) + [tokens - tokens // batch * (batch - 1)]
+
+
+def prefill_args(
+    state_dtype: torch.dtype, *, batch: int = 8, tokens: int = 4099, checkpoints: bool = False, **changes: Any
+) -> dict[str, Any]:
+    wanted = problem("prefill", HEADS, state_dtype, padded_pool=True, padding="none", checkpoints=checkpoints)
+    fresh = {"fresh": None, "exp_gate": True, "hint_seqlen": True, "null_index": 0, "pool_rows": ROWS}
+    return call(wanted, split(tokens, batch), **fresh) | changes
 
 
 def decode_args(state_dtype: torch.dtype, *, batch: int = 5, **changes: Any) -> dict[str, Any]:
-    given = {
-        "state": pool(state_dtype),
-        "state_indices": empty(batch, dtype=torch.int32),
-        "null_index": 0,
-    }
-    return _recurrent(batch) | given | changes
+    wanted = problem("decode", HEADS, state_dtype, padded_pool=True, padding="none", strided=True, qk_l2norm=False)
+    return call(wanted, [1] * batch, null_index=0, pool_rows=ROWS) | changes
 
 
 def verify_args(state_dtype: torch.dtype, *, batch: int = 5, width: int = 4, **changes: Any) -> dict[str, Any]:
-    given = {
-        "state": pool(state_dtype, padding=0 if state_dtype == torch.float32 else 8192),
-        "state_indices": empty(batch, width, dtype=torch.int32),
-        "num_accepted_tokens": empty(batch, dtype=torch.int32),
-        "cu_seqlens": empty(batch + 1, dtype=torch.int32),
-        "start_rows": None,
-        "null_index": 0,
-    }
-    return _recurrent(batch * width) | given | changes
+    """Rows of an fp32 pool lie side by side: FlashInfer's scatter of states knows no row padding."""
+    wanted = problem("verify", HEADS, state_dtype, padded_pool=state_dtype != torch.float32, padding="none",
+                     strided=True, qk_l2norm=False, max_spec_tokens=width)  # fmt: skip
+    return call(wanted, [width] * batch, null_index=0, pool_rows=ROWS) | changes

@@ -14,7 +14,7 @@ import torch
 from gdn_plugin.backends.flashinfer.decode import DECODE
 from gdn_plugin.backends.flashinfer.prefill import PREFILL, _bound
 from gdn_plugin.backends.flashinfer.verify import VERIFY
-from tests.flashinfer.calls import checkpoint_args, decode_args, empty, prefill_args, verify_args
+from tests.flashinfer.calls import decode_args, empty, prefill_args, verify_args
 
 prefill, decode, verify = PREFILL.run, DECODE.run, VERIFY.run
 CP_STEPS = 4  # chunk inverses, chunk transfers, fix-up, outputs
@@ -32,16 +32,14 @@ def launched(device, counter, function, arguments, *, first=False):
 
 @pytest.mark.parametrize("with_checkpoints", [False, True], ids=["plain", "checkpoints"])
 def test_prefill_is_one_launch(device, counter, state_dtype, with_checkpoints):
-    arguments = prefill_args(state_dtype, batch=8)
-    if with_checkpoints:
-        arguments |= checkpoint_args(state_dtype, batch=8)
+    arguments = prefill_args(state_dtype, batch=8, checkpoints=with_checkpoints)
     theirs, ours, aten = launched(device, counter, prefill, arguments, first=True)
     assert len(theirs) == 1
     assert (ours, aten) == ([], [])
 
 
 def test_few_sequences_take_the_context_parallel_route_without_a_warning(device, counter, state_dtype):
-    arguments = prefill_args(state_dtype, batch=1) | checkpoint_args(state_dtype, batch=1)
+    arguments = prefill_args(state_dtype, batch=1, checkpoints=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # FlashInfer's, where it cannot take the route it wants
         theirs, ours, aten = launched(device, counter, prefill, arguments)

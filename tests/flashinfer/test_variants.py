@@ -13,9 +13,8 @@ from gdn_plugin.backends.flashinfer.decode import DECODE
 from gdn_plugin.backends.flashinfer.prefill import PREFILL
 from gdn_plugin.backends.flashinfer.verify import VERIFY
 from gdn_plugin.registry import Platform
-from gdn_plugin.registry.problem import Problem
 from gdn_plugin.tools.simulated import Recording, simulated_device
-from tests.flashinfer.calls import D, empty
+from tests.flashinfer.calls import D, call, problem, split
 
 HEADS = [(2, 4), (4, 8), (16, 32), (16, 48)]
 BATCHES = (1, 2, 3, 8, 32)
@@ -29,10 +28,6 @@ FP32, BF16, FP16, INT32 = torch.float32, torch.bfloat16, torch.float16, torch.in
 def machine(request: pytest.FixtureRequest) -> Iterator[Recording]:
     with simulated_device(request.param) as recording:
         yield recording
-
-
-def problem(op, heads, state_dtype, **fields):
-    return Problem(op, "bfloat16", str(state_dtype).removeprefix("torch."), *heads, D, D, **fields)
 
 
 def compiled(machine, problem, pool=None):
@@ -53,83 +48,33 @@ def pool_of(heads, dtype, gap=0, count=70):
     return torch.empty_strided((count, heads[1], D, D), (row + gap, D * D, D, 1), dtype=dtype, device="cuda")
 
 
-def qkv(heads, tokens):
-    keys, values = (tokens, heads[0], D), (tokens, heads[1], D)
-    return {"q": empty(*keys), "k": empty(*keys), "v": empty(*values), "out": empty(*values)}
-
-
-def gates(heads, tokens, bias):
-    return {
-        "a": empty(tokens, heads[1]),
-        "b": empty(tokens, heads[1]),
-        "A_log": empty(heads[1], dtype=FP32),
-        "dt_bias": empty(heads[1], dtype=bias),
-    }
-
-
-def index(size, stride=1):
-    return empty(max(size, 1) * stride, dtype=INT32).as_strided((size,), (stride,))
-
-
 def prefill_calls(heads, state, saves):
     for batch, tokens, odd in itertools.product(BATCHES, TOKENS, (False, True)):
         for saved in {saves, False}:
-            yield {
-                **qkv(heads, tokens),
-                "g": empty(tokens, heads[1], dtype=FP32),
-                "beta": empty(tokens, heads[1], dtype=FP32),
-                "state": state,
-                "state_indices": index(batch, 1 + odd),
-                "cu_seqlens": empty(batch + 1, dtype=torch.int64 if odd else INT32),
-                "has_initial_state": empty(batch, dtype=torch.bool) if odd else None,
-                "scale": D**-0.5,
-                "use_qk_l2norm": odd,
-                "exp_gate": not odd,
-                "max_seqlen": 0 if odd else -(-tokens // batch),
-                "null_index": 0,
-                "padding": "scratch" if odd else "none",
-                "checkpoints": empty(5, heads[1], D, D, dtype=state.dtype) if saved else None,
-                "checkpoint_cu_starts": index(batch + 1) if saved else None,
-                "checkpoint_every": 128 if saved else 0,
-                "zero_padding": odd,
-            }
+            wanted = problem("prefill", heads, state.dtype, checkpoints=saved, padding="scratch" if odd else "none")
+            yield call(
+                wanted, split(tokens, batch), zero_padding=odd, fresh=() if odd else None, use_qk_l2norm=odd,
+                exp_gate=not odd, hint_seqlen=not odd, null_index=0, index_stride=1 + odd,
+                offsets_dtype=torch.int64 if odd else INT32,
+            ) | {"state": state}  # fmt: skip
 
 
-def decode_calls(heads, state):
+def decode_calls(heads, state, norms=(False, True), biases=(BF16, FP32)):
     layouts = itertools.cycle((("none", 1), ("scratch", 2), ("scratch", 1)))
-    for batch, norm, bias in itertools.product((*BATCHES, *MANY), (False, True), (BF16, FP32)):
+    for batch, norm, bias in itertools.product((*BATCHES, *MANY), norms, biases):
         padding, stride = next(layouts)
-        yield {
-            **qkv(heads, batch),
-            **gates(heads, batch, bias),
-            "state": state,
-            "state_indices": index(batch, stride),
-            "scale": D**-0.5,
-            "use_qk_l2norm": norm,
-            "null_index": 0,
-            "padding": padding,
-            "zero_padding": True,
-        }
+        wanted = problem("decode", heads, state.dtype, padding=padding)
+        features = {"use_qk_l2norm": norm, "bias_dtype": bias, "index_stride": stride, "null_index": 0}
+        yield call(wanted, [1] * batch, zero_padding=True, **features) | {"state": state}
 
 
-def verify_calls(heads, state, width):
-    layouts = itertools.cycle(((None, width), (1, width), (3, width), (None, width + 1), (1, width + 1)))
-    for batch, norm, bias in itertools.product((*BATCHES, *MANY), (False, True), (BF16, FP32)):
+def verify_calls(heads, state, width, norms=(False, True), biases=(BF16, FP32)):
+    layouts = itertools.cycle(((False, 1), (True, 1), (False, 2), (True, 2)))
+    for batch, norm, bias in itertools.product((*BATCHES, *MANY), norms, biases):
         given, stride = next(layouts)
-        yield {
-            **qkv(heads, batch * width),
-            **gates(heads, batch * width, bias),
-            "state": state,
-            "state_indices": empty(batch * stride, dtype=INT32).as_strided((batch, width), (stride, 1)),
-            "num_accepted_tokens": index(batch),
-            "cu_seqlens": index(batch + 1),
-            "start_rows": None if given is None else index(batch, given),
-            "scale": D**-0.5,
-            "use_qk_l2norm": norm,
-            "null_index": 0,
-            "padding": "none",
-            "zero_padding": False,
-        }
+        wanted = problem("verify", heads, state.dtype, padding="none", max_spec_tokens=width)
+        features = {"use_qk_l2norm": norm, "bias_dtype": bias, "index_stride": stride, "null_index": 0}
+        yield call(wanted, [width] * batch, start_rows=given, **features) | {"state": state}
 
 
 def nothing_compiles(machine, op, calls):
@@ -181,6 +126,23 @@ def test_verify_of_a_padded_bf16_pool(machine):
     assert compiled(machine, wanted) == 0
     assert compiled(machine, wanted, pool) > 0
     nothing_compiles(machine, "verify", verify_calls(heads, pool, width))
+
+
+@pytest.mark.parametrize("state_dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("op", ["decode", "verify"])
+def test_what_a_problem_says_is_not_compiled_twice(h100, op, state_dtype):
+    """A host knows its dt_bias and who normalises q and k: a quarter of the kernels."""
+    heads, width = (16, 32), 4 if op == "verify" else 0
+    pool = pool_of(heads, state_dtype)
+    told = problem(op, heads, state_dtype, max_spec_tokens=width, bias_dtype="bfloat16", qk_l2norm=False)
+    number = compiled(h100, told)
+    known = {"norms": (False,), "biases": (BF16,)}
+    calls = decode_calls(heads, pool, **known) if op == "decode" else verify_calls(heads, pool, width, **known)
+    nothing_compiles(h100, op, calls)
+    left_open = problem(op, heads, state_dtype, max_spec_tokens=width)
+    listed = [list(OPS[op].variants(Platform.simulated("sm_90"), wanted)) for wanted in (told, left_open)]
+    assert 4 * len(listed[0]) == len(listed[1])
+    assert compiled(h100, left_open) >= number > 0
 
 
 def test_another_pool_is_compiled_for_too(h100):

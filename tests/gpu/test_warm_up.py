@@ -39,6 +39,7 @@ def test_nothing_compiles_after_warm_up(backend_function, monkeypatch, op, backe
         op, "bfloat16", state_dtype, *heads, 128, 128, padded_pool=not dense,
         max_spec_tokens=DRAFTS if op in ("verify", "fused_verify") else 0,
         padding="none" if op == "verify" else "scratch" if op in ("prefill", "decode") else "any",
+        bias_dtype="bfloat16", qk_l2norm=False,
     )  # fmt: skip
     verdict = judge(row, probe("cuda"), problem)
     if not verdict.supported:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -28,7 +29,11 @@ BF16_LIMIT, FP32_LIMIT = 0.03, 1e-3
 # The workers of one engine are processes of their own, a core each.
 TWO_WORKERS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 # For Qwen3.5, see tests/host/no_torchvision.
-QWEN3_5 = {"PYTHONPATH": str(Path(__file__).with_name("no_torchvision"))}
+QWEN3_5 = {
+    "PYTHONPATH": os.pathsep.join(
+        filter(None, (str(Path(__file__).with_name("no_torchvision")), os.environ.get("PYTHONPATH")))
+    )
+}
 LLM: dict[str, Any] = {
     "dtype": "float32",
     "max_model_len": 2048,

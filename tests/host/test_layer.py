@@ -230,22 +230,20 @@ def test_a_float16_state_is_served(vllm_config: Any, monkeypatch: pytest.MonkeyP
     assert layer._forward_method == layer._forward_plugin
 
 
-def test_updates_in_place_reach_the_convolution(vllm_config: Any, pair: tuple[Any, Any]) -> None:
-    """Where the host repacks conv1d.weight (CPUs with bf16 instructions) it keeps a copy that no trainer knows of."""
+def test_the_host_leaves_conv1d_as_it_was_loaded(vllm_config: Any, pair: tuple[Any, Any]) -> None:
+    """On CPUs with bf16 instructions it repacks such weights after loading, and a trainer would write to nobody's."""
     layer, _ = pair
     conv1d = layer.conv1d
-    loaded = conv1d.weight.detach().clone()
+    loaded = conv1d.weight.data
     try:
-        conv1d._cpu_unpacked_conv_weight = loaded.squeeze(1).clone()
-        conv1d.weight.data = torch.zeros_like(loaded).view(-1)  # packed, in some layout of the host's
-        assert torch.equal(layer._gdn_parameters().conv_weight, loaded.squeeze(1))
+        conv1d.weight.data = torch.randn_like(loaded).bfloat16()
+        before = conv1d.weight.clone()
+        conv1d.quant_method.process_weights_after_loading(conv1d)
+        assert torch.equal(conv1d.weight, before)
         with torch.no_grad():
             conv1d.weight.mul_(2)
-        assert torch.equal(layer._gdn_parameters().conv_weight, 2 * loaded.squeeze(1))
-        conv1d._cpu_unpacked_conv_weight = loaded.squeeze(1).clone()  # loaded anew, and packed anew
-        assert torch.equal(layer._gdn_parameters().conv_weight, loaded.squeeze(1))
+        assert torch.equal(layer._gdn_parameters().conv_weight, 2 * before.squeeze(1))
     finally:
-        conv1d._cpu_unpacked_conv_weight = None
         conv1d.weight.data = loaded
 
 

@@ -1,8 +1,8 @@
 """One engine whose weights change while it serves: `weights_engine.py job.json result.json`, the core in this process.
 
-The job: `llm` (arguments of vllm.LLM), `prompts`, `factor`, and `reload` (not on a CPU, where the host's own answers
-differ after it). The result holds what was said with the weights of the checkpoint, after every conv1d weight was
-multiplied by `factor` in place, and after the checkpoint was loaded again.
+The job: `llm` (arguments of vllm.LLM), `prompts`, `factor`, and `reload`, folders of checkpoints. The result holds what
+was said with the weights of the model, after every conv1d weight was multiplied by `factor` in place, and after each of
+the checkpoints was loaded by `reload_weights`.
 """
 
 from __future__ import annotations
@@ -49,9 +49,10 @@ def main() -> None:
     result: dict[str, Any] = {"loaded": ask()}
     (result["layers"],) = engine.apply_model(scale)
     result["scaled"] = ask()
-    if job.get("reload"):
-        engine.collective_rpc("reload_weights")
-        result["reloaded"] = ask()
+    result["reloaded"] = []
+    for folder in job["reload"]:
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        result["reloaded"].append(ask())
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

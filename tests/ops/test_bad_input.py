@@ -137,7 +137,11 @@ REQUIRED = [
 
 
 def refused(op, values, name):
-    """The call raises a ValueError that names the op and the argument, and nothing was written."""
+    """The call raises a ValueError that names the op and the argument, and nothing was written.
+
+    The good call that it differs from was made before: what is remembered of that one must not let this one through.
+    """
+    getattr(ops, op)(**arguments(op), backend="torch")
     watched = [x for n in ("state", "conv_state", "checkpoints", "out") for x in _tensors(values.get(n))]
     before = [bits(x).clone() for x in watched]
     with pytest.raises(ValueError, match=rf"^gdn\.{op}: ") as caught:

@@ -19,6 +19,8 @@ FORMS = {
     "strided": {"strided": True},
     "unaligned": {"unaligned": True, "padded_pool": True},
     "fp32 gates": {"gate_dtype": "float32"},
+    "fp32 dt_bias": {"bias_dtype": "float32"},
+    "normed q and k": {"qk_l2norm": False},
     "drafts": {"max_spec_tokens": 3},
     "checkpoints": {"checkpoints": True, "state_dtype": "bfloat16", "checkpoint_dtype": "float32"},
     "fp16 state": {"state_dtype": "float16"},
@@ -79,6 +81,19 @@ def test_what_a_backend_wants():
     assert bool(torch.isnan(plain["q"]).any())
     assert make("prefill", "strided").args["q"].is_contiguous() is False
     assert make("prefill", "strided", wants=ALL_WANTS).args["q"].is_contiguous()
+
+
+def test_what_a_problem_says_of_dt_bias_and_the_norm():
+    for op in ("conv_prologue", "decode", "fused_decode", "verify"):
+        args = make(op, "fp32 dt_bias").args
+        assert (args["dt_bias"].dtype, args["a"].dtype) == (torch.float32, torch.bfloat16)
+        assert make(op, "default").args["dt_bias"].dtype == torch.bfloat16
+    for op in ("decode", "verify"):
+        assert (make(op, "normed q and k").args["use_qk_l2norm"], make(op, "default").args["use_qk_l2norm"]) == (
+            False,
+            True,
+        )
+    assert cases.case(problem("prefill", qk_l2norm=True), (3,)).args["use_qk_l2norm"] is True
 
 
 def test_a_hosts_pages():

@@ -47,7 +47,8 @@ def used(monkeypatch):
         return original(op, "torch")
 
     monkeypatch.setattr(
-        "gdn_plugin.ops.library.dispatch", types.SimpleNamespace(backend_op=spy, for_call=dispatch.for_call)
+        "gdn_plugin.ops.library.dispatch",
+        types.SimpleNamespace(backend_op=spy, for_call=dispatch.for_call, facts=dispatch.facts),
     )
     return names
 
@@ -99,6 +100,37 @@ def test_use_takes_a_selection(used):
     with ops.use(select(probe("cpu"), {"decode": PROBLEM}, {"decode": "reference"})):
         decode()
     assert used == ["reference"]
+
+
+def dense_pools_alone(platform, problem):
+    return "rows of the pool are padded" if problem.padded_pool else None
+
+
+@pytest.mark.parametrize(("request_", "other"), [("auto", "torch"), ("picky,reference", "reference"), ("picky", None)])
+def test_a_selection_does_not_run_what_its_backend_cannot(monkeypatch, request_, other):
+    """A host resolves a layer once; a call with other facts is judged anew."""
+    row = next(row for row in dispatch.rows("decode") if row.name == "torch")
+    table = (replace(row, name="picky", checks=(dense_pools_alone,)), row,
+             next(row for row in dispatch.rows("decode") if row.name == "reference"))  # fmt: skip
+    for module in ("registry.choice", "registry.selection", "ops.dispatch"):
+        monkeypatch.setattr(f"gdn_plugin.{module}.rows", lambda op: table)
+    dispatch.forget()
+    names = []
+    original = dispatch.backend_op
+    monkeypatch.setattr(dispatch, "backend_op", lambda op, name: names.append(name) or original(op, name))
+    selection = ops.resolve({"decode": replace(PROBLEM, padded_pool=False)}, {"decode": request_}, "cpu")
+    assert selection["decode"].name == "picky"
+    with ops.use(selection):
+        dense, padded = (cases.decode_case(2, page_tail=tail) for tail in (0, 24))
+        for case, wanted in ((dense, "picky"), (padded, other), (dense, "picky")):
+            names.clear()
+            if wanted is None:
+                with pytest.raises(NoBackendError, match="rows of the pool are padded"):
+                    ops.decode(**case.args, state=case.pools["state"].view)
+                continue
+            ops.decode(**case.args, state=case.pools["state"].view)
+            assert names[-1] == wanted
+    dispatch.forget()
 
 
 def test_use_refuses_an_unknown_phase():
@@ -249,7 +281,7 @@ class TestFacts:
         record = RECORDS[case.op]
         given = case.arguments() | changed
         given = {name: x for name, x in given.items() if name in record.names}
-        return Problem(*dispatch._facts(record, given, None))
+        return Problem(*dispatch.facts(record, given, None))
 
     def test_of_a_plain_call(self):
         case = cases.decode_case(3, page_tail=0)
@@ -278,6 +310,9 @@ class TestFacts:
         odd = torch.empty(65 * 2 * 16 + 1, device="meta")[1:].view(65, 2, 16)
         assert self.problem(case, q=odd).unaligned
         assert self.problem(cases.prefill_case((65,), device="meta", page_tail=3)).unaligned
+        decode = cases.decode_case(3, device="meta", page_tail=64)
+        gates = torch.empty(3 * 4 + 1, device="meta")[1:].view(3, 4)  # slices of a host's projection start anywhere
+        assert not self.problem(decode, a=gates, b=gates).unaligned
 
 
 def test_a_backend_that_lacks_an_argument_serves_calls_that_do_not_ask_for_it(made_up, monkeypatch):

@@ -8,22 +8,14 @@ not say that already; a bf16 pool's padding has to be row 0 itself, a row of nob
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from gdn_plugin.backends.flashinfer.api import compile_count, flashinfer_api
-from gdn_plugin.backends.flashinfer.tensors import (
-    is_aligned,
-    plain,
-    scratch_gates,
-    scratch_pool,
-    scratch_qkv,
-    settled,
-    sizes,
-    zeros,
-)
+from gdn_plugin.backends.flashinfer.tensors import is_aligned, plain, scratch, settled, sizes
 from gdn_plugin.registry.backend import BackendOp, Variant
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.problem import Problem
@@ -155,10 +147,10 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
         return
     # An fp32 pool's kernel is the same for every batch.
     most = 1 if problem.state_dtype == "float32" else max(1, MOST_WORK // problem.num_v_heads)
-    for form, use_qk_l2norm, bias in forms(problem):
+    for form, told in forms(problem):
         for batch in sizes(most):
             name = f"decode {problem.dtype} state={problem.state_dtype} B={batch}{form}"
-            yield Variant(name, partial(_compile, problem, batch, use_qk_l2norm, bias, pool))
+            yield Variant(name, partial(_compile, told, batch, pool))
 
 
 def compiled_for_the_pool(problem: Problem) -> bool:
@@ -166,30 +158,20 @@ def compiled_for_the_pool(problem: Problem) -> bool:
     return problem.state_dtype == "bfloat16" and problem.padded_pool
 
 
-def forms(problem: Problem) -> Iterator[tuple[str, bool, str]]:
-    """What a problem leaves open and FlashInfer compiles in: words for a name, use_qk_l2norm, dtype of dt_bias.
+def forms(problem: Problem) -> Iterator[tuple[str, Problem]]:
+    """The problem with nothing left open that FlashInfer compiles in, and words for a name.
 
     First what hosts ask for: q and k normed by conv_prologue, and dt_bias in the model's dtype.
     """
-    for use_qk_l2norm in (False, True):
-        for bias in dict.fromkeys((problem.dtype, "float32")):
-            words = (" l2norm" if use_qk_l2norm else "") + (f" dt_bias={bias}" if bias != problem.dtype else "")
-            yield words, use_qk_l2norm, bias
+    for norm in (False, True) if problem.qk_l2norm is None else (problem.qk_l2norm,):
+        for bias in (problem.bias_dtype,) if problem.bias_dtype else dict.fromkeys((problem.dtype, "float32")):
+            words = (" l2norm" if norm else "") + (f" dt_bias={bias}" if bias != problem.dtype else "")
+            yield words, replace(problem, qk_l2norm=norm, bias_dtype=bias)
 
 
-def _compile(problem: Problem, batch: int, use_qk_l2norm: bool, bias: str, pool: Tensor | None) -> None:
+def _compile(problem: Problem, batch: int, pool: Tensor | None) -> None:
     """One call on scratch tensors, of padding alone, in the form that needs the most of our own launches too."""
-    run(
-        **scratch_qkv(problem, batch),
-        **scratch_gates(problem, batch, bias),
-        state=scratch_pool(problem, 2) if pool is None else pool,
-        state_indices=zeros(2 * batch + 1, dtype=torch.int32).as_strided((batch,), (2,), 1),
-        scale=problem.head_k_dim**-0.5,
-        use_qk_l2norm=use_qk_l2norm,
-        null_index=0,
-        padding="scratch",
-        zero_padding=True,
-    )
+    run(**scratch(problem, [1] * batch, pool))
 
 
 DECODE = BackendOp(run, variants, compile_count)

@@ -7,6 +7,7 @@ context-parallel route that FlashInfer takes by itself where sequences times hea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin.backends.flashinfer.api import compile_count, flashinfer_api
-from gdn_plugin.backends.flashinfer.tensors import plain, scratch_pool, scratch_qkv, settled, sizes, zeros
+from gdn_plugin.backends.flashinfer.tensors import plain, scratch, settled, sizes
 from gdn_plugin.registry.backend import BackendOp, Variant
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.problem import Problem
@@ -174,40 +175,27 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     fills_device = -(-sm_count // problem.num_v_heads)
     for batch in dict.fromkeys((*sizes(fills_device - 1), fills_device)):
         for checkpoints in (False, True) if problem.checkpoints else (False,):
-            yield _variant(problem, batch, checkpoints, use_qk_l2norm=False)
-    yield _variant(problem, 1, False, use_qk_l2norm=True)
+            yield _variant(problem, batch, checkpoints, use_qk_l2norm=bool(problem.qk_l2norm))
+    if problem.qk_l2norm is None:  # a launch before the kernel, the same for every call
+        yield _variant(problem, 1, False, use_qk_l2norm=True)
 
 
 def _variant(problem: Problem, batch: int, checkpoints: bool, use_qk_l2norm: bool) -> Variant:
     words = ["checkpoints"] * checkpoints + ["l2norm"] * use_qk_l2norm
     name = " ".join((f"prefill {problem.dtype} state={problem.state_dtype} B={batch}", *words))
-    return Variant(name, partial(_compile, problem, batch, checkpoints, use_qk_l2norm))
+    told = replace(problem, checkpoints=checkpoints, qk_l2norm=use_qk_l2norm)
+    return Variant(name, partial(_compile, told, batch))
 
 
-def _compile(problem: Problem, batch: int, checkpoints: bool, use_qk_l2norm: bool) -> None:
+def _compile(problem: Problem, batch: int) -> None:
     """One call on scratch tensors, in the form that needs the most of our own launches too."""
-    tokens, pool = batch * _CHUNK, scratch_pool(problem, batch)
+    given = scratch(problem, [_CHUNK] * batch, exp_gate=True, hint_seqlen=True, pool_rows=batch)
     offsets = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     rows = torch.arange(2 * batch, dtype=torch.int32, device="cuda") // 2  # each twice: a column of a wider table
-    run(
-        **scratch_qkv(problem, tokens),
-        g=zeros(tokens, problem.num_v_heads, dtype=torch.float32),
-        beta=zeros(tokens, problem.num_v_heads, dtype=torch.float32),
-        state=pool,
-        state_indices=rows.as_strided((batch,), (2,)),
-        cu_seqlens=offsets * _CHUNK,
-        has_initial_state=zeros(batch, dtype=torch.bool),
-        scale=problem.head_k_dim**-0.5,
-        use_qk_l2norm=use_qk_l2norm,
-        exp_gate=True,
-        max_seqlen=_CHUNK,
-        null_index=0,
-        padding="scratch",
-        checkpoints=zeros(*pool.shape, dtype=pool.dtype) if checkpoints else None,
-        checkpoint_cu_starts=offsets if checkpoints else None,
-        checkpoint_every=_CHUNK if checkpoints else 0,
-        zero_padding=True,
-    )
+    given |= {"state_indices": rows.as_strided((batch,), (2,)), "cu_seqlens": offsets * _CHUNK}
+    if problem.checkpoints:
+        given["checkpoint_cu_starts"] = offsets
+    run(**given)
 
 
 PREFILL = BackendOp(run, variants, compile_count)

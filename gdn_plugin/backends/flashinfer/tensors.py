@@ -7,14 +7,14 @@ large tensors (q, k, v, states) are never copied: a row's checks refuse what the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gdn_plugin.ops.cases import case
 from gdn_plugin.registry.problem import Problem
-
-_GAP = 32  # elements between rows of a padded scratch pool; how many does not reach a kernel that takes any pool
 
 
 def is_aligned(x: Tensor, multiple: int) -> bool:
@@ -60,34 +60,25 @@ def sizes(most: int) -> Iterator[int]:
         size += step
 
 
-def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(*shape, dtype=dtype, device="cuda")
+def scratch(problem: Problem, lens: Sequence[int], pool: Tensor | None = None, **features: Any) -> dict[str, Any]:
+    """A call of the problem as `cases` lays it out, for variants to run on: of zeros, all in scratch memory.
+
+    With zeros for k and v, and no decay (exp(A_log) is 0 in fp32), a state stays as it is to the last bit, so the row 0
+    that all sequences name may be one of the host's. Row numbers start off a boundary, which takes launches of ours.
+
+    Args:
+        pool: a state pool to run on.
+        features: of the op's maker.
+    """
+    features = {"promise": "scratch", "index_stride": 2, "pool_rows": 2} | features
+    given = case(problem, lens, device="meta", **features).arguments(zero_padding=True)
+    given = {name: _zeros(x) if isinstance(x, Tensor) else x for name, x in given.items()}
+    if "A_log" in given:
+        given["A_log"].fill_(-200.0)
+    return given if pool is None else given | {"state": pool}
 
 
-def scratch_pool(problem: Problem, rows: int) -> Tensor:
-    """A pool of the problem's layout, of zeros."""
-    shape = (rows, problem.num_v_heads, problem.head_v_dim, problem.head_k_dim)
-    row, inner = shape[1] * shape[2] * shape[3], (shape[2] * shape[3], shape[3], 1)
-    held = zeros(rows * (row + _GAP), dtype=getattr(torch, problem.state_dtype))
-    return held.as_strided(shape, (row + _GAP * problem.padded_pool, *inner))
-
-
-def scratch_qkv(problem: Problem, tokens: int) -> dict[str, Tensor]:
-    """q, k, v and out, of zeros."""
-    dtype = getattr(torch, problem.dtype)
-    keys = (tokens, problem.num_k_heads, problem.head_k_dim)
-    values = (tokens, problem.num_v_heads, problem.head_v_dim)
-    shapes = {"q": keys, "k": keys, "v": values, "out": values}
-    return {name: zeros(*shape, dtype=dtype) for name, shape in shapes.items()}
-
-
-def scratch_gates(problem: Problem, tokens: int, bias: str) -> dict[str, Tensor]:
-    """a, b, A_log and dt_bias that, with zeros for k and v, leave a state as it is to the last bit."""
-    heads, dtype = problem.num_v_heads, getattr(torch, problem.gate_dtype or problem.dtype)
-    return {
-        "a": zeros(tokens, heads, dtype=dtype),
-        "b": zeros(tokens, heads, dtype=dtype),
-        # exp(A_log) is 0 in fp32, so nothing decays.
-        "A_log": torch.full((heads,), -200.0, dtype=torch.float32, device="cuda"),
-        "dt_bias": zeros(heads, dtype=getattr(torch, bias)),
-    }
+def _zeros(x: Tensor) -> Tensor:
+    offset = 1 if x.dtype == torch.int32 else 0
+    extent = offset + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return torch.zeros(extent, dtype=x.dtype, device="cuda").as_strided(x.shape, x.stride(), offset)

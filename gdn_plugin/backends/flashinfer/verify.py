@@ -22,16 +22,7 @@ from gdn_plugin.backends.flashinfer.decode import (
     pool_of,
     step,
 )
-from gdn_plugin.backends.flashinfer.tensors import (
-    is_aligned,
-    plain,
-    scratch_gates,
-    scratch_pool,
-    scratch_qkv,
-    settled,
-    sizes,
-    zeros,
-)
+from gdn_plugin.backends.flashinfer.tensors import is_aligned, plain, scratch, settled, sizes
 from gdn_plugin.registry.backend import BackendOp, Variant
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.problem import Problem
@@ -131,32 +122,19 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
         return
     width = problem.max_spec_tokens
     most = 1 if width == 1 and problem.state_dtype == "float32" else max(1, MOST_WORK // problem.num_v_heads)
-    for form, use_qk_l2norm, bias in forms(problem):
+    for form, told in forms(problem):
         for batch in sizes(most):
             # One token from a row given is another kernel than one token in place.
             for given in (False, True) if width == 1 or batch == 1 else (False,):
                 name = f"verify {problem.dtype} state={problem.state_dtype} B={batch} S={width}{form}"
                 name += " start_rows" if given else ""
-                yield Variant(name, partial(_compile, problem, batch, use_qk_l2norm, bias, given, pool))
+                yield Variant(name, partial(_compile, told, batch, given, pool))
 
 
-def _compile(problem: Problem, batch: int, use_qk_l2norm: bool, bias: str, given: bool, pool: Tensor | None) -> None:
+def _compile(problem: Problem, batch: int, given: bool, pool: Tensor | None) -> None:
     """One call on scratch tensors; of a pool given it touches row 0, whose values stay."""
-    width = problem.max_spec_tokens
-    run(
-        **scratch_qkv(problem, batch * width),
-        **scratch_gates(problem, batch * width, bias),
-        state=scratch_pool(problem, 2) if pool is None else pool,
-        state_indices=zeros(batch * (width + 1), dtype=torch.int32).as_strided((batch, width), (width + 1, 1)),
-        num_accepted_tokens=torch.ones(batch, dtype=torch.int32, device="cuda"),
-        cu_seqlens=torch.arange(batch + 1, dtype=torch.int32, device="cuda") * width,
-        start_rows=zeros(batch + 1, dtype=torch.int32).as_strided((batch,), (1,), 1) if given else None,
-        scale=problem.head_k_dim**-0.5,
-        use_qk_l2norm=use_qk_l2norm,
-        null_index=-1,
-        padding="none",
-        zero_padding=False,
-    )
+    lens = [problem.max_spec_tokens] * batch
+    run(**scratch(problem, lens, pool, promise="none", start_rows=given))
 
 
 VERIFY = BackendOp(run, variants, compile_count)

@@ -170,11 +170,20 @@ def _launches(
             if state is not None and arguments.get("state") is not None:
                 arguments["state"] = state
             for call in calls(arguments):
-                run(**call)
+                if _may_come(problem, call):
+                    run(**call)
     found: dict[Hashable, Launch] = {}
     for launch in recording.launches:
         found.setdefault(key(launch), launch)
     return found
+
+
+def _may_come(problem: Problem, call: Mapping[str, Any]) -> bool:
+    """Whether a call agrees with what the problem says and may leave open."""
+    bias, norm = call.get("dt_bias"), call.get("use_qk_l2norm")
+    if bias is not None and problem.bias_dtype not in ("", str(bias.dtype).removeprefix("torch.")):
+        return False
+    return norm is None or problem.qk_l2norm in (None, norm)
 
 
 def _meta(pool: Tensor) -> Tensor:

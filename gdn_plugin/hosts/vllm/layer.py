@@ -69,6 +69,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             conv_width=self.conv_kernel_size,
             spec_tokens=self.num_spec + 1 if self.num_spec else 0,
             checkpoints=align,
+            bias_dtype=_name(self.dt_bias.dtype),
             null_index=NULL_INDEX,
             padding=PADDING,
         )
@@ -78,6 +79,9 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         # CPU inside the op, where the native norm behind it saves more than a compiled sort does.
         self._gdn_packed = self._norm_is_ours() and (not self.gqa_interleaved_layout or current_platform.is_cpu())
         self._forward_method = self._forward_plugin
+        # Else the host repacks conv1d.weight on some CPUs, for a kernel that this layer never calls: updates in place,
+        # which trainers make, and weights loaded anew would not find the shape that they know.
+        self.conv1d._cpu_skip_gemm_dispatch = True
         _mark_compiled_models(vllm_config)
         saved_models.let_artefacts_load()
         if self.num_spec:
@@ -232,32 +236,16 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
 
     def _gdn_parameters(self) -> Parameters:
         conv_pool, state = self.kv_cache
-        weight = self._conv_weight()
+        # With LoRA the host wraps every linear layer, this one too, and the wrapper shows only some of what it has.
+        conv1d = getattr(self.conv1d, "base_layer", self.conv1d)
         return Parameters(
-            conv_weight=weight.view(weight.size(0), weight.size(-1)),
-            conv_bias=self._conv1d().bias,
+            conv_weight=conv1d.weight.squeeze(1),
+            conv_bias=conv1d.bias,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             conv_state=conv_pool if is_conv_state_dim_first() else conv_pool.transpose(-1, -2),
             state=state,
         )
-
-    def _conv1d(self) -> Any:
-        """With LoRA the host wraps every linear layer, this one too, and the wrapper shows only some of what it has."""
-        return getattr(self.conv1d, "base_layer", self.conv1d)
-
-    def _conv_weight(self) -> Tensor:
-        """conv1d.weight as it is now, [dim, 1, W].
-
-        On some CPUs the host repacks it at load for a kernel of its own, which this layer never calls, and keeps a copy
-        of the original. The original is put back: updates in place, which trainers make, would not reach a copy.
-        """
-        conv1d = self._conv1d()
-        unpacked = getattr(conv1d, "_cpu_unpacked_conv_weight", None)
-        if unpacked is not None:
-            conv1d.weight.data = unpacked.unsqueeze(1)
-            conv1d._cpu_unpacked_conv_weight = None
-        return conv1d.weight
 
     def _warmup_prefill_kernels(self, qkv_or_qkvz: Tensor, v_dim: int) -> None:
         """Compile every kernel that serving can reach, in the profile run: before the caches and before capture."""

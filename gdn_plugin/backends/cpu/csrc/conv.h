@@ -236,7 +236,7 @@ inline void fused_decode(const FusedDecodeArguments& p) {
     for (int64_t j = 0; j < group; j++) {
       const int64_t h = key_head * group + j;
       const float* const v = convolve_one(channels, p.conv, i, row, 2 * Hk * K + h * V, V);
-      const Token token{k, q, v, vexp(splat(log_decay[j]))[0], beta[j], k_dot_q, float(p.scale), o};
+      const Token token{k, q, v, vexp(splat(log_decay[j]))[0], beta[j], k_dot_q, float(p.scale), o, K};
       step_state(at(p.state.data, row * p.state.row + h * V * K, p.state.dtype), p.state.dtype, K, token, 0, V, spare);
       if (with_norm) {
         load_row(z, at(p.z.data, i * p.z.row + h * p.z.head, p.z.dtype), p.z.dtype, V, values);

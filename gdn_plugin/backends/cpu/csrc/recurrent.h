@@ -16,6 +16,7 @@ struct Token {  // one token of one value head, fp32; k and q are padded with ze
   const float *k, *q, *v;
   float decay, beta, k_dot_q, scale;
   float* out;  // [V] padded to LANES
+  int64_t key_dim;
 };
 
 inline float dot(const float* x, const float* y, int64_t n) {
@@ -48,6 +49,25 @@ struct Operand {
   GDN_INLINE vf operator[](int64_t c) const { return in_registers ? held[c] : load(from + c * LANES); }
 };
 
+// The output from the new state itself, for a token that is not finite: worked out from the old one, what should be
+// NaN (inf - inf, in S q) would come out as infinity. Padding of the key dim is brought back to zeros.
+template <int64_t DT>
+[[gnu::noinline]] inline void output_again(void* rows, int64_t stride, int64_t vectors, const Token& token,
+                                           int64_t value, int count) {
+  alignas(64) float along_q[LANES] = {};
+  for (int r = 0; r < count; r++) {
+    vf t{};
+    for (int64_t c = 0; c < vectors; c++) {
+      void* const p = at(rows, r * stride + c * LANES, DT);
+      const vf x = select(iota() + int32_t(c * LANES) < int32_t(token.key_dim), load_as<DT>(p), vf{});
+      store_as<DT>(p, x);
+      t += x * load(token.q + c * LANES);
+    }
+    along_q[r] = sum(t);
+  }
+  store(token.out + value, load(along_q) * token.scale);
+}
+
 // Rows value .. value + count of S, NK vectors each (0: any number, `vectors`), `stride` elements apart, in place.
 template <int64_t DT, int NK>
 GDN_INLINE void step_rows(void* rows, int64_t stride, int64_t vectors, const Token& token, int64_t value, int count) {
@@ -73,7 +93,8 @@ GDN_INLINE void step_rows(void* rows, int64_t stride, int64_t vectors, const Tok
   }
   for (int r = count; r < LANES; r++) along_k[r] = along_q[r] = vf{};
   const vf delta = (load(token.v + value) - sums(along_k) * decay) * token.beta;
-  store(token.out + value, (sums(along_q) * decay + delta * token.k_dot_q) * token.scale);
+  const vf out = (sums(along_q) * decay + delta * token.k_dot_q) * token.scale;
+  store(token.out + value, out);
   alignas(64) float deltas[LANES];
   store(deltas, delta);
   for (int r = 0; r < count; r++) {
@@ -85,6 +106,8 @@ GDN_INLINE void step_rows(void* rows, int64_t stride, int64_t vectors, const Tok
       store_as<DT>(p, load_as<DT>(p) * decay + d * k[c]);
     }
   }
+  const bool finite = sum((out - out) + (delta - delta)) == 0.0f;
+  if (!finite) output_again<DT>(rows, stride, n, token, value, count);
 }
 
 template <int64_t DT, int NK>
@@ -171,7 +194,7 @@ inline void decode(const DecodeArguments& p) {
     const float k_dot_q = dot(k, q, padded);
     for (int64_t h = first; h < last; h++) {
       load_row(v, at(p.v.data, i * p.v.row + h * p.v.head, p.v.dtype), p.v.dtype, V, values);
-      const Token token{k, q, v, vexp(splat(log_decay[h - first]))[0], beta[h - first], k_dot_q, float(p.scale), o};
+      const Token token{k, q, v, vexp(splat(log_decay[h - first]))[0], beta[h - first], k_dot_q, float(p.scale), o, K};
       step_state(at(p.state.data, row * p.state.row + h * V * K, p.state.dtype), p.state.dtype, K, token, begin, end,
                  spare);
       store_row(out_of(h), o + begin, p.out.dtype, end - begin);
@@ -236,7 +259,7 @@ inline void verify(const VerifyArguments& p) {
       }
       float log_decay, beta;
       gates_of(p.gates, begin + t, h, 1, &log_decay, &beta);
-      new (tokens + t) Token{k, q, v, vexp(splat(log_decay))[0], beta, dot(k, q, padded), float(p.scale), o};
+      new (tokens + t) Token{k, q, v, vexp(splat(log_decay))[0], beta, dot(k, q, padded), float(p.scale), o, K};
     }
     for (int64_t value = first; value < last; value += LANES) {
       const int count = int(std::min<int64_t>(LANES, last - value));
