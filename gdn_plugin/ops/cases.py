@@ -645,8 +645,8 @@ def fused_verify_case(
     padding: Sequence[int] = (), pad_tokens: int = 0, conv_dtype: torch.dtype | None = None, width: int = WIDTH,
     layout: str = "DS", shared: bool = False, bias: bool = True, norm: bool = True, gate: str = "silu",
     extra_columns: int = 0, pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
-    gate_dtype: torch.dtype | None = None, null_index: int = -1, offsets_dtype: torch.dtype = torch.int32,
-    device: str | torch.device = "cpu", seed: int = 0,
+    gate_dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None, null_index: int = -1,
+    offsets_dtype: torch.dtype = torch.int32, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """The whole step of speculative tokens: keywords as of conv_prologue_case, verify_case and fused_decode_case.
 
@@ -663,7 +663,7 @@ def fused_verify_case(
     accepted = [1 + i % slots for i in range(batch)] if accepted is None else list(accepted)
     mixed, z = m.columns(tokens, (heads.conv_dim, hv * heads.v_dim), io_dtype, gap)
     args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(tokens, hv, gate_dtype, gap)
+    args |= m.gates(tokens, hv, gate_dtype, gap, bias_dtype)
     live = m.live(lens, tokens, padding)
     m.poison(live, (mixed, z, args["a"], args["b"]))
     count = batch * slots + 3 if pool_rows is None else pool_rows

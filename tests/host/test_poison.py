@@ -16,8 +16,8 @@ BLOCK = 256  # tokens, of the prefix cache in fp32
 CACHED = tokens(BLOCK + 1, 11)  # all but its last token may come from the cache
 COMPANY = [[3] * 40, [9] * 20, tokens(60, 12), repeated(50, 7, 13)]
 PROMPTS = [[7], [7, 8], [7, 8, 9], [42], [5, 5]]
-# The numbers of drafts that a step may bring to a fresh row are all in tests/host/test_core.py. On a CPU auto verifies in
-# parts; torch has the fused op.
+# The numbers of drafts that a step may bring to a fresh row are all in tests/host/test_core.py. On a CPU auto verifies
+# in parts; torch has the fused op.
 MATRIX = [
     ("ngram", 1, False, "auto"),
     ("ngram", 4, True, "torch"),
