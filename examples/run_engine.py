@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gdn_plugin.tools import child
+from gdn_plugin import child
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; a tiny model needs less

@@ -38,7 +38,12 @@ TABLE: Mapping[str, Setting] = {
         Setting("GDN_PLUGIN_DISABLE", "switch", "0", "1: register nothing, stock vLLM"),
         Setting("GDN_PLUGIN_SELF_CHECK", "switch", "1", "0: use kernels without checking their numbers first"),
         Setting("GDN_PLUGIN_DEBUG", "switch", "0", "1: also the argument checks that synchronise with the device"),
-        Setting("GDN_PLUGIN_CACHE", "path", None, "folder of compiled CPU kernels and of self-check verdicts"),
+        Setting(
+            "GDN_PLUGIN_CACHE",
+            "path",
+            None,
+            "folder of CPU kernels, self-check verdicts, what was compiled ahead",
+        ),
     )
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +10,10 @@ import torch
 
 from gdn_plugin.ops.cases import Heads
 from gdn_plugin.registry import OPS, Wants, backend_names
-from gdn_plugin.tools.bench import contenders, engine, report, run, shapes
+from gdn_plugin.tools.bench import contenders, report, run, shapes
 from gdn_plugin.tools.cli import bench, main
 
 LIMITS = {"copy_bytes_per_s": 1e10, "matmul_flops_per_s": 1e11}
-MODEL = Path(__file__).parents[1] / "examples" / "recall" / "model"
 TINY = "1,2,64,64"
 
 
@@ -115,21 +113,6 @@ def test_what_a_gpu_is_asked_first_can_be_asked(monkeypatch):
     assert set(asked) == set(OPS) and len(job.extra["profiles"]) == 8
 
 
-@pytest.mark.engine
-@pytest.mark.timeout(1200)  # four starts of an engine
-def test_vllms_own_benchmark(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("vllm", reason="vllm is not installed")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in one process: it starts sooner
-    monkeypatch.setattr(engine, "PROMPTS", 4)
-    monkeypatch.setattr(engine, "TURNS", ("stock", "plugin"))
-    out = tmp_path / "engine.json"
-    assert main(["bench", "--engine", str(MODEL), "--json", str(out)]) == 0, capsys.readouterr().err
-    turns = json.loads(out.read_text())["turns"]
-    assert [turn["engine"] for turn in turns] == ["stock", "plugin"]
-    assert all(turn["seconds"][n] > 0 for turn in turns for n in ("1", str(engine.GENERATED)))
-    assert "stock / plugin" in capsys.readouterr().out
-
-
 def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed (the plot extra)")
     data, picture = tmp_path / "rows.json", tmp_path / "rows.png"
@@ -146,3 +129,21 @@ def test_the_command_writes_json_and_a_plot(tmp_path, capsys):
 def test_a_graph_needs_a_gpu(capsys):
     assert main(["bench", "--graph"]) == 2
     assert capsys.readouterr().err == "gdn-plugin bench: --graph needs a CUDA device, and there is none\n"
+
+
+def test_every_bar_has_its_value_and_no_two_labels_overlap(tmp_path, monkeypatch):
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed (the plot extra)")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    groups = [(f"1x{2**n}", {"stock": 2.5 * 4**n, "plugin": 2.0 * 4**n, "other": 4.0}) for n in range(6)]
+    report.bars([("prefill", groups), ("decode", groups[:2])], tmp_path / "bars.png", "a title", "us")
+    (figure,) = figures
+    figure.canvas.draw()
+    texts = [text for panel in figure.axes for text in panel.texts]
+    assert len(texts) == 3 * 8 and all(" us" in text.get_text() for text in texts)
+    assert [text.get_text() for text in texts[:2]] == [" 2.50 us", " 2.00 us   1.25x"]
+    ticks = [tick for panel in figure.axes for tick in panel.get_yticklabels()]
+    boxes = [text.get_window_extent() for text in (*texts, *ticks)]
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[number + 1 :])
+    assert not any(panel.lines for panel in figure.axes)

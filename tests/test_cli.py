@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from gdn_plugin import child
 from gdn_plugin.ops import selfcheck
 from gdn_plugin.registry import choice
-from gdn_plugin.tools import child, cli
+from gdn_plugin.tools import cli
 from gdn_plugin.tools.cli import doctor, host
 
 ROOT = Path(__file__).parents[1]
@@ -311,7 +312,13 @@ WRONG = [
     *((*BENCH, flag, name) for flag in ("--backend", "--against") for name in ("", ",", "nosuch", "torch,nosuch")),
     *((*BENCH, "--json", file) for file in (".", "nowhere/rows.json", "/proc/rows.json")),
     (*BENCH, "--plot", "nowhere/rows.png"),
-    (*BENCH, "--engine", "nowhere"),
+    *(("bench", "--engine", "--model", model) for model in ("nowhere", "./no/where", "tests", "")),
+    *(("bench", "--engine", "--rounds", rounds) for rounds in ("", "quick", "prefill,", "decode,quick")),
+    *(("bench", "--engine", "--speculative", number) for number in ("0", "-1", "x", "3")),
+    *(("bench", "--engine", flag, "0") for flag in ("--turns", "--repeats")),
+    *(("bench", "--engine", *more) for more in (("--op", "decode"), ("--graph",), ("--state-dtype", "fp8"))),
+    ("bench", "--engine", "--json", "nowhere/rows.json"),
+    *((*BENCH, *more) for more in (("--model", "tiny"), ("--rounds", "prefill"), ("--turns", "2"))),
     *((*ACCURACY, "--prompts", number) for number in ("0", "-3", "nan", "1.5")),
     *((*ACCURACY, "--lengths", lengths) for lengths in ("", ",", "0", "128,x", "12")),
     *((*ACCURACY, "--subset", number) for number in ("0", "nan")),
@@ -325,6 +332,9 @@ WRONG = [
     ("compile", "--sm", "90", "--sm-count", "0"),
     ("compile", "--sm", "90", "--cache", "/proc/nowhere"),
     ("compile", "--sm", "91"),
+    ("compile",),
+    ("compile", "--sm", "90", "--model", "nowhere"),
+    ("compile", "--sm", "90", "--model", str(ROOT / "examples/recall/model")),
 ]
 
 
@@ -334,7 +344,7 @@ def test_a_bad_value_is_one_line_before_any_work(run, arguments, monkeypatch, tm
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timing, "ceilings", lambda device: pytest.fail("work was begun"))
-    monkeypatch.setattr("gdn_plugin.tools.child.run", lambda *_, **__: pytest.fail("an engine was started"))
+    monkeypatch.setattr("gdn_plugin.child.run", lambda *_, **__: pytest.fail("an engine was started"))
     shown = run(*arguments)
     assert shown.code == 2
     assert shown.err.startswith(f"gdn-plugin {arguments[0]}: ") and shown.err.count("\n") == 1
@@ -473,7 +483,7 @@ class TestChildren:
     def test_a_whole_tree_ends_with_whoever_started_it(self, tmp_path, end):
         log_file = tmp_path / "log"
         run = f"child.run([sys.executable, '-c', {TREE!r}], log=sys.stdout)"
-        code = f"import sys; from gdn_plugin.tools import child; {run}"
+        code = f"import sys; from gdn_plugin import child; {run}"
         with log_file.open("w") as log:
             starter = subprocess.Popen(
                 [sys.executable, "-c", code], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)}
@@ -492,7 +502,7 @@ class TestChildren:
         script.write_text(
             "import os, time\nfrom multiprocessing import get_context\n"
             "from concurrent.futures import ProcessPoolExecutor\n"
-            "from gdn_plugin.tools.child import end_with_parent\n"
+            "from gdn_plugin.child import end_with_parent\n"
             "if __name__ == '__main__':\n"
             "    pool = ProcessPoolExecutor(1, get_context('spawn'), end_with_parent)\n"
             "    print(pool.submit(os.getpid).result(), flush=True); time.sleep(300)\n"

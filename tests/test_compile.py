@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from gdn_plugin.registry import Platform
 from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli import main
+from gdn_plugin.tools.cli.compile import caches
 from gdn_plugin.tools.compile import Row
 
+ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ONE_KERNEL = ["--backend", "triton", "--op", "decode", "--dims", "128,128", "--state-dtype", "bfloat16"]
 
@@ -33,7 +40,7 @@ def test_every_op_and_pair_of_dims_is_listed():
     names = [
         variant.name
         for problem in compilation.triton_problems()
-        for variant in compilation.triton_variants(problem, 90)
+        for variant in compilation.triton_variants(problem, Platform.simulated("sm_90"))
     ]
     assert len(names) == len(set(names))
     kernels = ("conv_prologue", "prefill_solve", "prefill_state", "decode", "fused_decode", "verify", "fused_verify")
@@ -59,7 +66,10 @@ def test_a_variant_that_does_not_compile_is_a_row(monkeypatch):
 
     monkeypatch.setattr("gdn_plugin.backends.triton.variants.KernelVariant.compile_for", refuse)
     (problem,) = [p for p in compilation.triton_problems() if p.op == "decode" and p.dtype == "float16"]
-    row = compilation.compile_variant(90, problem, 0)
+    platform = Platform.simulated("sm_90")
+    row = compilation.compile_variant(
+        platform, "triton", problem, compilation.triton_variants(problem, platform)[0].name
+    )
     assert row.error == "RuntimeError: no code for sm_90" and row.registers is None
 
 
@@ -72,3 +82,68 @@ def test_unknown_architectures_are_refused(capsys):
     with pytest.raises(SystemExit) as left:
         main(["compile", "--sm", "75"])
     assert left.value.code == 2 and "choose from 80, 90, 100, 103, 120" in capsys.readouterr().err
+
+
+# What an engine's start-up does with a cache: every variant as `warm_up` compiles it, on a device that is a stand-in.
+START = """
+import json, sys
+from triton import knobs
+from gdn_plugin.ops.dispatch import backend_op, warm
+from gdn_plugin.registry import Platform
+from gdn_plugin.backends.triton.launch import compile_count
+from gdn_plugin.tools.cli.compile import layer_of_model
+from gdn_plugin.hosts.core import Shape
+from tests.support.triton_device import stand_in
+
+built = []
+knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or built.append(src.name)
+problems = Shape(**layer_of_model(sys.argv[1]), bias_dtype="bfloat16", null_index=0, padding="scratch").problems()
+with stand_in(90) as loads:
+    for op in ("decode", "gated_norm"):
+        warm(backend_op(op, "triton"), Platform.simulated("sm_90"), problems[op])
+print(json.dumps({"built": built, "held": compile_count(), "loaded": len(loads)}))
+"""
+SIZES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+         "linear_conv_kernel_dim": 4, "dtype": "bfloat16"}  # fmt: skip
+
+
+def start(folder, cache):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    environment |= caches(cache) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", START, str(folder)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@needs_triton
+@pytest.mark.slow
+def test_an_image_with_a_filled_cache_compiles_nothing(tmp_path, monkeypatch, capsys):
+    for name in caches(tmp_path):
+        monkeypatch.setenv(name, "")  # put back afterwards: the command sets them
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    cache = tmp_path / "cache"
+    ops = ["--backend", "triton", "--op", "decode", "--op", "gated_norm"]
+    assert main(["compile", "--sm", "90", "--model", str(tmp_path), "--cache", str(cache), *ops]) == 0
+    shown = capsys.readouterr().out
+    assert f"TRITON_CACHE_DIR={cache / 'triton'}" in shown and "4 of 4 compiled" in shown
+    found = start(tmp_path, cache)
+    assert found == {"built": [], "held": 3, "loaded": 3}
+    assert len(start(tmp_path, tmp_path / "other")["built"]) == 3, "or the test above sees nothing"
+
+
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        ("", "no config.json"),
+        ("[", "no config.json"),
+        ("{}", "no linear_num_key_heads"),
+        ('{"text_config": {}}', "no GDN"),
+    ],
+)
+def test_a_model_without_such_layers_is_refused(tmp_path, capsys, config, why):
+    if config:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SystemExit) as left:
+        main(["compile", "--sm", "90", "--cache", str(tmp_path), "--model", str(tmp_path)])
+    assert left.value.code == 2 and why in capsys.readouterr().err

@@ -24,6 +24,7 @@ HEAVY = ("torch", "triton", "flashinfer", "cutlass", "vllm", "transformers")
 FLOORS = {
     "settings.py": 0,
     "cache.py": 1,
+    "child.py": 1,
     "registry": 2,
     "ops": 3,
     "backends": 4,

@@ -263,7 +263,7 @@ class TestMemory:
 
     def test_other_sources_are_checked(self, runs, monkeypatch):
         self.check()
-        monkeypatch.setattr(selfcheck, "_fingerprint", lambda: "other")
+        monkeypatch.setattr(selfcheck, "fingerprint", lambda: "other")
         self.check()
         assert len(runs) == 2
 

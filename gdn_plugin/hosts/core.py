@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gdn_plugin import ops
 from gdn_plugin.hosts.batch import Batch, Checkpoints, DecodePart, PrefillPart, SpecPart
+from gdn_plugin.ops.heads import flat_qkv
 from gdn_plugin.registry import Problem, Selection
 
 
@@ -94,7 +95,7 @@ class Parameters:
 
 @dataclass(frozen=True, slots=True)
 class GatedNorm:
-    """The gated RMSNorm behind the recurrence, where it is this call's to do. z: [T, Hv, V], last stride 1."""
+    """The gated RMSNorm behind the recurrence, where it is this call's to do. z: as `ops.gated_norm` takes it."""
 
     z: Tensor
     weight: Tensor
@@ -124,7 +125,7 @@ class Core:
 
         Args:
             mixed_qkv: [T, 2*Hk*K + Hv*V], any row stride; T may exceed the batch's tokens (padding).
-            a, b: [T, Hv].
+            a, b: [T, Hv]. These and z also with interleaved heads, as the ops take them.
             out: [T, Hv, V], may hold anything. Rows of padding tokens become zero (behind a norm whose z is NaN there,
                 NaN): a scale over all rows, or a router, must not see what memory held.
         """
@@ -150,8 +151,6 @@ class Core:
         norm: GatedNorm | None,
     ) -> None:
         mixed_qkv, a, b, out = (x[: part.count] for x in (mixed_qkv, a, b, out))
-        if part.padded:
-            out.zero_()  # with `out` given, the ops leave padding's rows as they are
         if "decode" in self._fused:
             ops.fused_decode(
                 mixed_qkv,
@@ -166,6 +165,7 @@ class Core:
                 part.state_indices,
                 **self._fused_arguments(norm, None, part.count),
                 out=out,
+                zero_padding=part.padded,
             )
             return
         q, k, v, _, _ = self._prologue(mixed_qkv, a, b, p, part.state_indices, part.cu_seqlens)
@@ -181,6 +181,7 @@ class Core:
             self._rows(batch, "decode", part.state_indices),
             use_qk_l2norm=False,
             out=out,
+            zero_padding=part.padded,
             null_index=self.shape.null_index,
             padding=self.shape.padding,
         )
@@ -235,7 +236,7 @@ class Core:
         )
         if kept is not None and emitted is not None:
             _keep_states(p.state, kept, emitted)
-            history = mixed_qkv[kept.conv_tokens].transpose(1, 2)
+            history = self._flat(mixed_qkv[kept.conv_tokens]).transpose(1, 2)
             p.conv_state[:, :, : self.shape.conv_width - 1].index_copy_(0, kept.rows, history.to(p.conv_state.dtype))
         self._norm(norm, target, part.tokens, part.first)
         if part.tokens is not None:
@@ -253,8 +254,6 @@ class Core:
     ) -> None:
         mixed_qkv, a, b = (_take(x, part.tokens, 0, part.count) for x in (mixed_qkv, a, b))
         target = _target(out, part.tokens, 0, part.count)
-        if part.padded:
-            target.zero_()
         if "verify" in self._fused:
             ops.fused_verify(
                 mixed_qkv,
@@ -272,6 +271,7 @@ class Core:
                 has_initial_state=part.has_initial_state,
                 **self._fused_arguments(norm, part.tokens, part.count),
                 out=target,
+                zero_padding=part.padded,
             )
         else:
             # A sequence that nothing has been computed of starts from its first row, which may hold another user's
@@ -301,12 +301,19 @@ class Core:
                 part.cu_seqlens,
                 use_qk_l2norm=False,
                 out=target,
+                zero_padding=part.padded,
                 null_index=self.shape.null_index,
                 padding=self.shape.padding,
             )
             self._norm(norm, target, part.tokens)
         if part.tokens is not None:
             out.index_copy_(0, part.tokens, target)
+
+    def _flat(self, inputs: Tensor) -> Tensor:
+        """Rows of mixed_qkv [C, W-1, ...] in the order of the convolution's channels."""
+        if inputs.dim() == 3:
+            return inputs
+        return flat_qkv(inputs.flatten(0, 1), self.shape.head_k_dim).unflatten(0, inputs.shape[:2])
 
     def _rows(self, batch: Batch, op: str, rows: Tensor) -> Tensor:
         """Row numbers as the op's backend takes them: a column of a wider block table is copied once a step."""

@@ -22,7 +22,12 @@ The same for every function here:
   finite numbers, as conv_prologue leaves them. "none": no sequence is padding and cu_seqlens[-1] is T.
 - cu_seqlens [B+1] int32 or int64 from 0 on; repeated offsets are empty sequences, which change no state. Tokens behind
   the last offset are padding.
-- Without `out`, rows of padding tokens are zero. With `out` (contiguous), they stay as they were or become zero.
+- Without `out`, rows of padding tokens are zero. With `out` (contiguous), they become zero under zero_padding; without
+  it they stay as they were or become zero.
+- Projections may come with their heads interleaved, as Qwen3-Next's are: a key head's q, its k and the v of its value
+  heads together (with their z between one share and the next), and the b and a of its value heads. A view whose key
+  heads are a dim of their own says so: mixed_qkv [T, Hk, dim/Hk] in place of [T, dim], z [T, Hk, Hv/Hk, V] in place of
+  [T, Hv, V], a and b [T, Hk, Hv/Hk] in place of [T, Hv]. Channels of conv_weight and conv_state keep the flat order.
 - `backend`: None for the current selection (`use`, then the GDN_PLUGIN_* variables, then auto), a name, or names to try
   in order joined by commas. In a compiled graph the choice is a constant.
 - Wrong arguments raise ValueError with the argument's name, before anything is written; NoBackendError says that
@@ -86,13 +91,13 @@ def conv_prologue(
     (x * rsqrt(sum(x^2) + 1e-6)) and rounded again.
 
     Args:
-        mixed_qkv: [T, dim], q, k and v side by side; any row stride, last stride 1.
+        mixed_qkv: [T, dim], q, k and v side by side, or interleaved; last stride 1, others any.
         conv_weight: [dim, W] io dtype or fp32, any strides; the last tap is the current token.
         conv_bias: [dim] or None.
         conv_state: raw inputs in its own dtype. Columns 0..W-2 are a sequence's last W-1 inputs, oldest first; they are
             read where has_initial_state is True, and overwritten. Columns behind them are for num_accepted_tokens.
         has_initial_state: [B] bool; False starts from zeros whatever the row holds. None: all True.
-        a, b: [T, Hv] raw gate projections, io dtype or fp32, any row stride.
+        a, b: [T, Hv] raw gate projections, or interleaved; io dtype or fp32, last stride 1, others any.
         A_log: [Hv] fp32. dt_bias: [Hv] io dtype or fp32. g = -exp(A_log) * softplus(a + dt_bias), beta = sigmoid(b).
         state: where given, rows of sequences with has_initial_state False (not padding, not empty) are zeroed.
         exp_gate: return exp(g) in place of g.
@@ -120,7 +125,7 @@ def gated_norm(
     """The gated RMSNorm behind the delta rule: x * rsqrt(mean(x^2) + eps) * weight * gate(z), in fp32, rounded once.
 
     Args:
-        x, z: [T, Hv, V], last stride 1, other strides any.
+        x, z: [T, Hv, V], z also interleaved; last stride 1, other strides any.
         weight: [V], io dtype or fp32.
         gate: "silu" (z * sigmoid(z)) or "sigmoid".
         out: [T, Hv, V], last stride 1; may be x itself, which is then normalised in place.
@@ -147,6 +152,7 @@ def prefill(
     max_seqlen: int = 0,
     null_index: int = -1,
     padding: str = "any",
+    zero_padding: bool = False,
     out: Tensor | None = None,
     checkpoints: Tensor | None = None,
     checkpoint_cu_starts: Tensor | None = None,
@@ -188,6 +194,7 @@ def decode(
     use_qk_l2norm: bool = True,
     null_index: int = -1,
     padding: str = "any",
+    zero_padding: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -195,7 +202,7 @@ def decode(
 
     Args:
         q, k: [B, Hk, K]. v: [B, Hv, V]. Last stride 1, other strides any.
-        a, b: [B, Hv], io dtype or fp32, any row stride. A_log: [Hv] fp32. dt_bias: [Hv] io dtype or fp32.
+        a, b: [B, Hv], or interleaved; io dtype or fp32. A_log: [Hv] fp32. dt_bias: [Hv] io dtype or fp32.
         state_indices: [B] int32, any stride.
         scale: on the output; None is K^-0.5.
     Returns:
@@ -225,6 +232,7 @@ def fused_decode(
     norm_eps: float = 1e-6,
     gate: str = "silu",
     null_index: int = -1,
+    zero_padding: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -233,8 +241,8 @@ def fused_decode(
     Args:
         mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias: as in conv_prologue, T = B. Columns of
             conv_state behind W-2 are left alone.
-        z: [B, Hv, V], last stride 1, with norm_weight [V] (io dtype or fp32); both or neither. With o rounded to the io
-            dtype: out = o * rsqrt(mean(o^2) + norm_eps) * norm_weight * gate(z), in fp32.
+        z: [B, Hv, V], or interleaved, last stride 1, with norm_weight [V] (io dtype or fp32); both or neither. With o
+            rounded to the io dtype: out = o * rsqrt(mean(o^2) + norm_eps) * norm_weight * gate(z), in fp32.
         gate: "silu" or "sigmoid".
         scale: on the delta rule's output; None is K^-0.5.
     Returns:
@@ -261,6 +269,7 @@ def verify(
     use_qk_l2norm: bool = True,
     null_index: int = -1,
     padding: str = "any",
+    zero_padding: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -308,6 +317,7 @@ def fused_verify(
     norm_eps: float = 1e-6,
     gate: str = "silu",
     null_index: int = -1,
+    zero_padding: bool = False,
     out: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -324,7 +334,7 @@ def fused_verify(
         has_initial_state: [B] bool; False starts from a zero state and zero history whatever the rows hold, and reads
             neither num_accepted_tokens nor start_rows. None: all True.
         start_rows: [B] int32, as in verify, for the state; the history follows num_accepted_tokens all the same.
-        z, norm_weight, norm_eps, gate: as in fused_decode, z [T, Hv, V].
+        z, norm_weight, norm_eps, gate: as in fused_decode, z [T, Hv, V] or interleaved.
         scale: on the delta rule's output; None is K^-0.5.
     Returns:
         out [T, Hv, V]: the buffer given, or a new one.

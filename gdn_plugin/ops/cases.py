@@ -289,6 +289,31 @@ class _Maker:
             at += width + gap
         return placed
 
+    def shares(self, key_heads: int, parts: Sequence[Tensor], gap: int) -> Tensor:
+        """Flat parts [rows, Hk * w] as one interleaved projection [rows, Hk, sum of w], a slice of a wider one."""
+        widths = [x.shape[1] // key_heads for x in parts]
+        whole = parts[0].new_full((len(parts[0]), key_heads * sum(widths) + 2 * gap), NAN)
+        placed = whole[:, gap : gap + key_heads * sum(widths)].unflatten(1, (key_heads, sum(widths)))
+        for head in range(key_heads):
+            at = 0
+            for x, width in zip(parts, widths, strict=True):
+                placed[:, head, at : at + width].copy_(x[:, head * width : (head + 1) * width])
+                at += width
+        return placed
+
+    def interleaved_qkvz(self, heads: Heads, mixed: Tensor | None, z: Tensor | None, gap: int) -> tuple[Tensor, Tensor]:
+        """mixed_qkv and z of one interleaved projection, NaN where one of them is left out."""
+        hk, hv, K, V = heads
+        given = mixed if mixed is not None else z
+        assert given is not None
+        parts = [
+            given.new_full((len(given), width), NAN) if x is None else x
+            for x, width in ((mixed, heads.conv_dim), (z, hv * V))
+        ]
+        placed = self.shares(hk, [*parts[0].split((hk * K, hk * K, hv * V), dim=1), parts[1]], gap)
+        mixed, z = placed.split((heads.conv_dim // hk, hv // hk * V), dim=2)
+        return mixed, z.unflatten(2, (hv // hk, V))
+
     def qkv(self, tokens: int, heads: Heads, io: torch.dtype, gap: int, keys: str, raw: bool) -> dict[str, Tensor]:
         """q, k [T, Hk, K] and v [T, Hv, V]; q and k have unit norm unless `raw`."""
         hk, hv, K, V = heads
@@ -302,9 +327,12 @@ class _Maker:
         return {"q": q, "k": k, "v": v}
 
     def gates(
-        self, tokens: int, hv: int, dtype: torch.dtype, gap: int, bias_dtype: torch.dtype | None
+        self, tokens: int, heads: Heads, dtype: torch.dtype, gap: int, bias_dtype: torch.dtype | None, interleaved: bool
     ) -> dict[str, Tensor]:
+        hv = heads.v_heads
         a, b = self.columns(tokens, (hv, hv), dtype, gap)
+        if interleaved:
+            b, a = self.shares(heads.k_heads, (b, a), gap).chunk(2, dim=2)
         A_log = torch.log(self.uniform(hv) * 8 + 0.05).to(self.device)
         return {"a": a, "b": b, "A_log": A_log, "dt_bias": self.normal(hv).to(self.device, bias_dtype or dtype)}
 
@@ -437,14 +465,21 @@ def decode_case(
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
     use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None,
     bias_dtype: torch.dtype | None = None, null_index: int = -1,
-    device: str | torch.device = "cpu", seed: int = 0,
+    interleaved: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
-    """One token a sequence. gate_dtype: of a and b (default: io_dtype); bias_dtype: of dt_bias (default: theirs)."""
+    """One token a sequence.
+
+    Args:
+        gate_dtype: of a and b (default: io_dtype).
+        bias_dtype: of dt_bias (default: theirs).
+        interleaved: a and b, and where an op has them mixed_qkv and z, come with interleaved heads; their values are
+            those of the flat case.
+    """
     m = _Maker(device, seed)
     hv = heads.v_heads
     null_index = _promised(promise, null_index, padding, 0)
     args: dict[str, Any] = m.qkv(batch, heads, io_dtype, gap, "random", use_qk_l2norm)
-    args |= m.gates(batch, hv, gate_dtype or io_dtype, gap, bias_dtype)
+    args |= m.gates(batch, heads, gate_dtype or io_dtype, gap, bias_dtype, interleaved)
     live = m.live([1] * batch, batch, padding)
     if promise == "any":
         m.poison(live, [args[name] for name in ("q", "k", "v", "a", "b")])
@@ -491,7 +526,7 @@ def conv_prologue_case(
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1, exp_gate: bool = False,
     gate_dtype: torch.dtype | None = None,
     bias_dtype: torch.dtype | None = None, null_index: int = -1, offsets_dtype: torch.dtype = torch.int32,
-    device: str | torch.device = "cpu", seed: int = 0,
+    interleaved: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """The prologue of a prefill, or, with `accepted` (num_accepted_tokens), of speculative rows.
 
@@ -505,8 +540,10 @@ def conv_prologue_case(
     gate_dtype, hv = gate_dtype or io_dtype, heads.v_heads
     batch, tokens = len(lens), sum(lens) + pad_tokens
     (mixed,) = m.columns(tokens, (heads.conv_dim,), io_dtype, gap)
+    if interleaved:
+        mixed, _ = m.interleaved_qkvz(heads, mixed, None, gap)
     args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(tokens, hv, gate_dtype, gap, bias_dtype)
+    args |= m.gates(tokens, heads, gate_dtype, gap, bias_dtype, interleaved)
     live = m.live(lens, tokens, padding)
     m.poison(live, (mixed, args["a"], args["b"]))
 
@@ -554,14 +591,18 @@ def fused_decode_case(
     padding: Sequence[int] = (), extra_columns: int = 0, pool_rows: int | None = None, page_tail: int = 24,
     gap: int = 0, index_stride: int = 1, gate_dtype: torch.dtype | None = None,
     bias_dtype: torch.dtype | None = None, null_index: int = -1,
-    device: str | torch.device = "cpu", seed: int = 0,
+    interleaved: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """The whole decode step; norm=False passes z and norm_weight as None. mixed_qkv and z share one projection."""
     m = _Maker(device, seed)
     gate_dtype, hv = gate_dtype or io_dtype, heads.v_heads
     mixed, z = m.columns(batch, (heads.conv_dim, hv * heads.v_dim), io_dtype, gap)
+    if interleaved:
+        mixed, z = m.interleaved_qkvz(heads, mixed, z, gap)
+    else:
+        z = z.unflatten(1, (hv, heads.v_dim))
     args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(batch, hv, gate_dtype, gap, bias_dtype)
+    args |= m.gates(batch, heads, gate_dtype, gap, bias_dtype, interleaved)
     live = m.live([1] * batch, batch, padding)
     m.poison(live, (mixed, z, args["a"], args["b"]))
     count = batch + 3 if pool_rows is None else pool_rows
@@ -575,7 +616,7 @@ def fused_decode_case(
     args |= {
         "state_indices": m.indices(_named(rows, padding, null_index), index_stride),
         "num_k_heads": heads.k_heads, "head_k_dim": heads.k_dim, "head_v_dim": heads.v_dim,
-        "scale": heads.k_dim**-0.5, "z": z.unflatten(1, (hv, heads.v_dim)) if norm else None,
+        "scale": heads.k_dim**-0.5, "z": z if norm else None,
         "norm_weight": (1 + 0.1 * m.normal(heads.v_dim)).to(m.device, io_dtype) if norm else None,
         "norm_eps": 1e-6, "gate": gate, "null_index": null_index,
     }  # fmt: skip
@@ -595,7 +636,8 @@ def verify_case(
     pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
     use_qk_l2norm: bool = True, gate_dtype: torch.dtype | None = None,
     bias_dtype: torch.dtype | None = None, null_index: int = -1,
-    offsets_dtype: torch.dtype = torch.int32, device: str | torch.device = "cpu", seed: int = 0,
+    offsets_dtype: torch.dtype = torch.int32, interleaved: bool = False, device: str | torch.device = "cpu",
+    seed: int = 0,
 ) -> Case:  # fmt: skip
     """Speculative tokens, S = slots rows a sequence.
 
@@ -611,7 +653,7 @@ def verify_case(
     null_index = _promised(promise, null_index, padding, pad_tokens)
     accepted = [1 + i % slots for i in range(batch)] if accepted is None else list(accepted)
     args: dict[str, Any] = m.qkv(tokens, heads, io_dtype, gap, "random", use_qk_l2norm)
-    args |= m.gates(tokens, hv, gate_dtype or io_dtype, gap, bias_dtype)
+    args |= m.gates(tokens, heads, gate_dtype or io_dtype, gap, bias_dtype, interleaved)
     live_tokens = m.live(lens, tokens, padding)
     if promise == "any":
         m.poison(live_tokens, [args[name] for name in ("q", "k", "v", "a", "b")])
@@ -646,7 +688,8 @@ def fused_verify_case(
     layout: str = "DS", shared: bool = False, bias: bool = True, norm: bool = True, gate: str = "silu",
     extra_columns: int = 0, pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
     gate_dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None, null_index: int = -1,
-    offsets_dtype: torch.dtype = torch.int32, device: str | torch.device = "cpu", seed: int = 0,
+    offsets_dtype: torch.dtype = torch.int32, interleaved: bool = False, device: str | torch.device = "cpu",
+    seed: int = 0,
 ) -> Case:  # fmt: skip
     """The whole step of speculative tokens: keywords as of conv_prologue_case, verify_case and fused_decode_case.
 
@@ -662,8 +705,12 @@ def fused_verify_case(
     gate_dtype = gate_dtype or io_dtype
     accepted = [1 + i % slots for i in range(batch)] if accepted is None else list(accepted)
     mixed, z = m.columns(tokens, (heads.conv_dim, hv * heads.v_dim), io_dtype, gap)
+    if interleaved:
+        mixed, z = m.interleaved_qkvz(heads, mixed, z, gap)
+    else:
+        z = z.unflatten(1, (hv, heads.v_dim))
     args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(tokens, hv, gate_dtype, gap, bias_dtype)
+    args |= m.gates(tokens, heads, gate_dtype, gap, bias_dtype, interleaved)
     live = m.live(lens, tokens, padding)
     m.poison(live, (mixed, z, args["a"], args["b"]))
     count = batch * slots + 3 if pool_rows is None else pool_rows
@@ -688,7 +735,7 @@ def fused_verify_case(
         "cu_seqlens": m.offsets(lens, offsets_dtype), "has_initial_state": m.initial(batch, fresh),
         "start_rows": m.tensor(origins, torch.int32) if start_rows else None,
         "num_k_heads": heads.k_heads, "head_k_dim": heads.k_dim, "head_v_dim": heads.v_dim,
-        "scale": heads.k_dim**-0.5, "z": z.unflatten(1, (hv, heads.v_dim)) if norm else None,
+        "scale": heads.k_dim**-0.5, "z": z if norm else None,
         "norm_weight": (1 + 0.1 * m.normal(heads.v_dim)).to(m.device, io_dtype) if norm else None,
         "norm_eps": 1e-6, "gate": gate, "null_index": null_index,
     }  # fmt: skip
@@ -703,7 +750,7 @@ def fused_verify_case(
 def gated_norm_case(
     tokens: int = 5, heads: Heads = SMALL, io_dtype: torch.dtype = torch.float32, *, gate: str = "silu",
     eps: float = 1e-6, weight_dtype: torch.dtype | None = None, in_place: bool = False, gap: int = 0,
-    device: str | torch.device = "cpu", seed: int = 0,
+    interleaved: bool = False, device: str | torch.device = "cpu", seed: int = 0,
 ) -> Case:  # fmt: skip
     """RMSNorm of x times gate(z). gap: between the tokens of x and of z; in_place: out is x."""
     m = _Maker(device, seed)
@@ -711,8 +758,12 @@ def gated_norm_case(
     x = pages(tokens, {"x": ((hv, V), io_dtype)}, page_tail=gap, device=m.device)
     m.fill(x["x"], range(tokens))
     (z,) = m.columns(tokens, (hv * V,), io_dtype, gap)
+    if interleaved:
+        _, z = m.interleaved_qkvz(heads, None, z, gap)
+    else:
+        z = z.unflatten(1, (hv, V))
     weight = (1 + 0.1 * m.normal(V)).to(m.device, weight_dtype or io_dtype)
-    args: dict[str, Any] = {"z": z.unflatten(1, (hv, V)), "weight": weight, "eps": eps, "gate": gate}
+    args: dict[str, Any] = {"z": z, "weight": weight, "eps": eps, "gate": gate}
     live = torch.ones(tokens, dtype=torch.bool, device=m.source)
     if in_place:
         written = {"x": dict.fromkeys(range(tokens), V)}

@@ -50,6 +50,7 @@ def inputs(record: Op, arguments: Mapping[str, Any]) -> dict[str, int]:
     for argument in record.values:
         _plain(op, argument, arguments[argument.name], sizes)
     io, device = (lead.dtype, lead.device) if isinstance(lead, Tensor) else (None, None)
+    worked_out: list[tuple[Argument, Tensor]] = []
     for argument in record.tensors:
         x = arguments[argument.name]
         if x is None and argument.optional:
@@ -58,11 +59,16 @@ def inputs(record: Op, arguments: Mapping[str, Any]) -> dict[str, int]:
         good = isinstance(x, Tensor) and x.dtype in allowed and x.device == device
         shape = x.shape if good else ()
         if len(shape) != len(argument.shape):
-            _wrong_tensor(op, argument.name, argument, x, lead, record.lead)
+            shares = argument.of_shares
+            if shares is None or len(shape) != len(shares.shape):
+                _wrong_tensor(op, argument.name, argument, x, lead, record.lead)
+            argument = shares
         for dim, letter in argument.letters:
             size = shape[dim]
             if sizes.setdefault(letter, size) != size:
                 _wrong_shape(record, argument.name, argument, x, sizes)
+        if argument.expressions:
+            worked_out.append((argument, x))
         layout = argument.layout
         if layout == DENSE:
             if not x.is_contiguous():
@@ -73,10 +79,8 @@ def inputs(record: Op, arguments: Mapping[str, Any]) -> dict[str, int]:
         broken = rule(arguments)
         if broken is not None:
             fail(op, *broken)
-    for argument in record.worked_out:
-        value = arguments[argument.name]
-        if value is not None:
-            _expressions(record, argument.name, argument, value, sizes)
+    for argument, x in worked_out:
+        _expressions(record, argument.name, argument, x, sizes)
     return sizes
 
 
@@ -125,8 +129,9 @@ def _wrong_tensor(op: str, name: str, argument: Argument, x: Any, lead: Any, lea
     """What of its type, rank, dtype or device is wrong."""
     if not isinstance(x, Tensor):
         fail(op, name, "a tensor", f"{type(x).__name__} {x!r}")
-    if x.dim() != len(argument.shape):
-        fail(op, name, f"{len(argument.shape)} dimensions", f"shape {tuple(x.shape)}")
+    ranks = [len(shape) for shape in (argument.shape, argument.interleaved) if shape]
+    if x.dim() not in ranks:
+        fail(op, name, f"{' or '.join(map(str, ranks))} dimensions", f"shape {tuple(x.shape)}")
     allowed = _allowed(argument.dtypes, None if x is lead else lead.dtype)
     if x.dtype not in allowed:
         beside = "" if x is lead else f" ({lead_name} is {_dtype(lead.dtype)})"
@@ -155,20 +160,25 @@ def _expressions(record: Op, name: str, argument: Argument, x: Tensor, sizes: di
 
 
 def _work_out(spelled: str, sizes: Mapping[str, int]) -> int:
-    """The value of a sum or difference of products of letters and numbers."""
+    """The value of a sum or difference of products of letters, numbers and letters divided by letters."""
     total = 0
     for sign, factors in _terms(spelled):
         for factor in factors:
-            sign *= factor if isinstance(factor, int) else sizes[factor]
+            sign *= factor if isinstance(factor, int) else _quotient(*(sizes[letter] for letter in factor))
         total += sign
     return total
 
 
+def _quotient(size: int, by: int = 1) -> int:
+    """-1, which is no tensor's size, where it has a remainder."""
+    return size // by if by and size % by == 0 else -1
+
+
 @functools.cache
-def _terms(spelled: str) -> tuple[tuple[int, tuple[int | str, ...]], ...]:
-    """ "2*Hk*K-1" -> ((1, (2, "Hk", "K")), (-1, (1,)))."""
+def _terms(spelled: str) -> tuple[tuple[int, tuple[int | tuple[str, ...], ...]], ...]:
+    """ "2*K+Hv/Hk*V-1" -> ((1, (2, ("K",))), (1, (("Hv", "Hk"), ("V",))), (-1, (1,)))."""
     return tuple(
-        (-1 if sign == "-" else 1, tuple(int(x) if x.isdigit() else x for x in term.split("*")))
+        (-1 if sign == "-" else 1, tuple(int(x) if x.isdigit() else tuple(x.split("/")) for x in term.split("*")))
         for sign, term in re.findall(r"([+-]?)([^+-]+)", spelled.removesuffix(".."))
     )
 
@@ -177,10 +187,11 @@ def _wrong_shape(record: Op, name: str, argument: Argument, x: Tensor, sizes: Ma
     wanted: list[str] = []
     used: dict[str, str] = {}
     for spelled in argument.shape:
-        letters = [letter for letter in re.findall(r"[A-Za-z]+", spelled) if letter in record.letters]
+        letters = re.findall(r"[A-Za-z]+", spelled)
         known = all(letter in sizes for letter in letters) and letters
         wanted.append(f"{_work_out(spelled, sizes)}{' or more' * spelled.endswith('..')}" if known else spelled)
-        used |= {letter: record.letters[letter][0] for letter in letters if record.letters[letter][0] != name}
+        sources = {letter: record.letters[letter][0] for letter in letters if letter in record.letters}
+        used |= {letter: source for letter, source in sources.items() if source != name}
     origin = ", ".join(f"{letter} of {source}" for letter, source in used.items())
     spelled = ", ".join(part.removesuffix("..") for part in argument.shape)
     expected = f"shape [{spelled}] = ({', '.join(wanted)})" + (f" ({origin})" if origin else "")

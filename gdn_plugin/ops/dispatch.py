@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from operator import index
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import registry, settings
-from gdn_plugin.ops import selfcheck
+from gdn_plugin.ops import ahead, selfcheck
 from gdn_plugin.ops.record import DTYPES, Op
 from gdn_plugin.registry import (
     PHASES,
@@ -47,6 +48,8 @@ def resolve(
     problems: Mapping[str, Problem],
     requests: Mapping[str, str] | None = None,
     device: str | torch.device | None = None,
+    *,
+    compile_ahead: bool = False,
 ) -> Selection:
     """A backend for each op of a layer, loaded and, unless GDN_PLUGIN_SELF_CHECK=0, checked on this machine.
 
@@ -57,6 +60,8 @@ def resolve(
         problems: by op.
         requests: by phase; None follows the GDN_PLUGIN_* variables.
         device: a torch device or its type; by default the probed one.
+        compile_ahead: first have everything that the choices can launch compiled, by processes side by side, for
+            whoever warms up next. CUDA only; elsewhere it does nothing.
     Raises:
         NoBackendError: a named request cannot run, or under auto nothing is left.
         BackendLoadError, SelfCheckError: a backend that was asked for by name failed.
@@ -64,7 +69,14 @@ def resolve(
     """
     wanted = _requested() if requests is None else requests
     platform = _platform(device)
-    return _working(platform, lambda excluded: select(platform, problems, wanted, excluded=excluded))
+
+    def pick(excluded: Mapping[str, Mapping[str, str]]) -> Selection:
+        selection = select(platform, problems, wanted, excluded=excluded)
+        if compile_ahead:
+            ahead.compile_ahead(selection.choices.values(), platform)
+        return selection
+
+    return _working(platform, pick, ready=compile_ahead)
 
 
 def _platform(device: str | torch.device | None) -> Platform:
@@ -76,9 +88,13 @@ def _requested() -> dict[str, str]:
     return {phase: request.value for phase, request in registry.requests().items()}
 
 
-def _working(platform: Platform, pick: Callable[[Mapping[str, Mapping[str, str]]], Selection]) -> Selection:
+def _working(
+    platform: Platform, pick: Callable[[Mapping[str, Mapping[str, str]]], Selection], *, ready: bool = False
+) -> Selection:
     """What `pick` selects once every backend that does not work here is excluded (by op and name, with the reason).
 
+    Args:
+        ready: on CUDA, what was compiled ahead must come into this process too.
     Raises:
         SettingsError: a GDN_PLUGIN_* variable is wrong, whether or not this request would have read it.
     """
@@ -88,7 +104,7 @@ def _working(platform: Platform, pick: Callable[[Mapping[str, Mapping[str, str]]
         selection = pick(excluded)
         works = True
         for op, choice in selection.choices.items():
-            trouble = _trouble(choice, platform)
+            trouble = _trouble(choice, platform, ready)
             if trouble is not None:
                 excluded.setdefault(op, {})[choice.name] = trouble
                 works = False
@@ -96,7 +112,7 @@ def _working(platform: Platform, pick: Callable[[Mapping[str, Mapping[str, str]]
             return selection
 
 
-def _trouble(choice: Choice, platform: Platform) -> str | None:
+def _trouble(choice: Choice, platform: Platform, get_ready: bool = False) -> str | None:
     """Why auto cannot keep its choice, said in the log; None where the backend works.
 
     Raises:
@@ -107,6 +123,8 @@ def _trouble(choice: Choice, platform: Platform) -> str | None:
         ran = settings.self_check() and selfcheck.require(choice.backend, choice.problem, platform)
         if not ran and platform.device == "cpu":
             warm(ready, platform, choice.problem)  # a compiler may fail, and auto must survive it
+        if get_ready and platform.device == "cuda":
+            _bring_in(ready, platform, choice.problem)
     except Exception as exc:  # a compiler or a third party's module may raise anything
         if choice.request != "auto":
             if isinstance(exc, SelfCheckError):
@@ -118,6 +136,24 @@ def _trouble(choice: Choice, platform: Platform) -> str | None:
         _log.warning("gdn_plugin: %s: %s is not used: %s", choice.problem.op, choice.name, exc)
         return str(exc)
     return None
+
+
+def _bring_in(ready: BackendOp, platform: Platform, problem: Problem) -> None:
+    """Load what was compiled ahead at once: until it warms up, a host may change where compilers look.
+
+    vLLM sets TRITON_CACHE_DIR when it compiles its model. In a thread of its own: the caller's default device is not
+    the kernels'.
+    """
+    gpu = torch.cuda.current_device()
+
+    def compile_kept() -> None:
+        torch.cuda.set_device(gpu)
+        for variant in ready.variants(platform, problem):
+            if variant.kept:
+                variant.compile()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(compile_kept).result()
 
 
 def backend_op(op: str, backend: str) -> BackendOp:

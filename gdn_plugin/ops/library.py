@@ -4,10 +4,10 @@ Each op has a returning form and an `_out` form that fills the caller's buffers;
 `Library.define` + `impl` + `register_fake` rather than `custom_op`: about a third of the overhead a call. One
 implementation serves every device (CompositeExplicitAutograd): the backend's name is what selects the code.
 
-What is the same for every backend is done here, once: nothing at all for no tokens, blanks for no sequences, the
-caller's autocast and autograd out of the way, the device of the tensors made current, and, under GDN_PLUGIN_DEBUG=1,
-the checks that synchronise. The arguments are checked by the public functions and, where a graph is compiled, by the
-fakes; calling torch.ops.gdn.* directly skips that.
+What is the same for every backend is done here, once: nothing at all for no tokens, blanks for no sequences, heads
+sorted for who does not take them interleaved, the caller's autocast and autograd out of the way, the device of the
+tensors made current, and, under GDN_PLUGIN_DEBUG=1, the checks that synchronise. The arguments are checked by the
+public functions and, where a graph is compiled, by the fakes; calling torch.ops.gdn.* directly skips that.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gdn_plugin import settings
-from gdn_plugin.ops import check, dispatch, values
+from gdn_plugin.ops import check, dispatch, heads, values
 from gdn_plugin.ops.record import OPS, REQUIRED, Argument, Op
+from gdn_plugin.registry import BackendOp
 from gdn_plugin.registry.backend import left_out
 
 NAMESPACE = "gdn"
@@ -135,22 +136,20 @@ def _default(record: Op, argument: Argument, arguments: Mapping[str, Any]) -> An
     return argument.default
 
 
-def _run(record: Op, arguments: dict[str, Any], backend: str, zero_padding: bool) -> None:
-    run = dispatch.backend_op(record.name, backend).run
+def _run(record: Op, arguments: dict[str, Any], backend: str) -> None:
+    ready = dispatch.backend_op(record.name, backend)
     lead = arguments[record.lead]
     if lead.shape[0] == 0:
         return
     rows = arguments.get("state_indices")
     if rows is not None and rows.shape[0] == 0:
-        if zero_padding or not record.pads:
+        if arguments.get("zero_padding", True):
             for output in record.outputs:
                 arguments[output.name].fill_(output.blank(arguments))
         return
     if settings.debug() and not _capturing(lead):
         values.check(record.name, arguments)
-    if record.pads:
-        arguments["zero_padding"] = zero_padding
-    for name in _unknown(run, record.name):
+    for name in _unknown(ready.run, record.name):
         if name == "zero_padding":  # a backend that leaves padding's rows alone: they are zeroed in front of it
             if arguments.pop(name):
                 for output in record.outputs:
@@ -159,19 +158,24 @@ def _run(record: Op, arguments: dict[str, Any], backend: str, zero_padding: bool
         _leave_out(record, arguments, name, backend)
     surroundings = _surroundings(lead, [arguments[name] for name in record.written])
     if not surroundings:
-        run(**arguments)
+        _start(record, ready, arguments)
         return
     with contextlib.ExitStack() as stack:
         for surrounding in surroundings:
             stack.enter_context(surrounding)
-        run(**arguments)
+        _start(record, ready, arguments)
+
+
+def _start(record: Op, ready: BackendOp, arguments: dict[str, Any]) -> None:
+    if record.projections and not ready.interleaved:
+        arguments |= heads.flat(record, arguments)
+    ready.run(**arguments)
 
 
 @functools.cache
 def _unknown(run: Callable[..., None], op: str) -> frozenset[str]:
-    """The op's arguments that a backend does not name, `zero_padding` among them where the op has it."""
-    record = OPS[op]
-    return left_out(run, [*(argument.name for argument in record.arguments), *["zero_padding"] * record.pads])
+    """The op's arguments that a backend does not name."""
+    return left_out(run, [argument.name for argument in OPS[op].arguments])
 
 
 def _leave_out(record: Op, arguments: dict[str, Any], name: str, backend: str) -> None:
@@ -235,13 +239,15 @@ def _returning(record: Op, *args: Any) -> Any:
     arguments = dict(zip(record.names, args[:-1], strict=True))
     buffers = _new_outputs(record, arguments)
     arguments |= {output.name: buffer for output, buffer in zip(record.outputs, buffers, strict=True)}
-    _run(record, arguments, args[-1], zero_padding=True)
+    if "zero_padding" in arguments:
+        arguments["zero_padding"] = True
+    _run(record, arguments, args[-1])
     return _result(record, buffers)
 
 
 def _filling(record: Op, *args: Any) -> None:
     names = (argument.name for argument in record.arguments)
-    _run(record, dict(zip(names, args[:-1], strict=True)), args[-1], zero_padding=False)
+    _run(record, dict(zip(names, args[:-1], strict=True)), args[-1])
 
 
 def _fake_returning(record: Op, *args: Any) -> Any:

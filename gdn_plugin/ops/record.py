@@ -4,11 +4,14 @@ Sizes are letters. A letter stands for whatever size the first argument that has
 `T` packed tokens, `B` sequences, `Hk` key heads, `Hv` value heads, `K` and `V` head dims, `W` width of the convolution,
 `N` pool rows, `S` token slots, `C` checkpoints. "B+1" and the like are worked out; "W-1.." means that many or more.
 
+Projections may come with their heads interleaved (`Argument.interleaved`): a dim more tells them from flat ones.
+
 A new argument is a line here, one in the public function of `gdn_plugin.ops`, and the backends that use it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -59,6 +62,7 @@ class Argument(_Filled):
         shape: letters or expressions, a dim each; of an int, the one letter that it gives the size of.
         dtypes: IO, IO_OR_FP32, or a tuple of torch dtypes.
         layout: of a tensor's strides.
+        interleaved: the shape of a tensor whose heads are interleaved, a key head's share together: [T, Hk, ...].
         mutated: the op writes to it.
         optional: a tensor, or a float of the public function, that may be None.
         minimum: of an int, or of a float.
@@ -73,6 +77,7 @@ class Argument(_Filled):
     shape: tuple[str, ...] = ()
     dtypes: Any = IO
     layout: str = ANY
+    interleaved: tuple[str, ...] = ()
     mutated: bool = False
     optional: bool = False
     minimum: float | None = None
@@ -90,6 +95,11 @@ class Argument(_Filled):
     def expressions(self) -> tuple[tuple[int, str], ...]:
         """(dim, expression) of every dim whose size is worked out."""
         return tuple((dim, spelled) for dim, spelled in enumerate(self.shape) if not spelled.isalpha())
+
+    @cached_property
+    def of_shares(self) -> Argument | None:
+        """The argument with its heads interleaved; None where it has no such form."""
+        return replace(self, shape=self.interleaved, interleaved=()) if self.interleaved else None
 
 
 # A rule beyond single arguments: None, or (argument, what was expected of it, what came).
@@ -138,8 +148,9 @@ class Op(_Filled):
         return tuple(letter if letter in self.letters else instead[letter] for letter in HEADS)
 
     @cached_property
-    def worked_out(self) -> tuple[Argument, ...]:
-        return tuple(argument for argument in self.tensors if argument.expressions)
+    def projections(self) -> tuple[Argument, ...]:
+        """The tensors that may come with their heads interleaved."""
+        return tuple(argument for argument in self.tensors if argument.interleaved)
 
     @cached_property
     def values(self) -> tuple[Argument, ...]:
@@ -148,11 +159,6 @@ class Op(_Filled):
     @cached_property
     def floats(self) -> tuple[str, ...]:
         return tuple(argument.name for argument in self.values if argument.kind == "float")
-
-    @cached_property
-    def pads(self) -> bool:
-        """Whether backends are told to zero rows of padding tokens (`zero_padding`), or do so anyway."""
-        return "state_indices" in self.names and len(self.outputs) == 1
 
     @cached_property
     def letters(self) -> Mapping[str, tuple[str, int | None]]:
@@ -170,7 +176,11 @@ class Op(_Filled):
     def size(self, letter: str, arguments: Mapping[str, Any]) -> int:
         """The size that a letter stands for in a call."""
         name, dim = self.letters[letter]
-        return arguments[name] if dim is None else arguments[name].shape[dim]
+        x = arguments[name]
+        if dim is None:
+            return x
+        shares = x.dim() > len(self.by_name[name].shape)  # Hv is then Hk of Hv/Hk
+        return x.shape[dim] * x.shape[dim + 1] if shares and dim else x.shape[dim]
 
     def schema(self, *, out: bool) -> str:
         """The schema that torch.library takes, backend last: "(Tensor q, ..., str backend) -> Tensor"."""
@@ -184,14 +194,18 @@ class Op(_Filled):
         return f"({', '.join(spelled)}, str backend) -> " + (f"({returns})" if "," in returns else returns)
 
 
-def _tensor(name: str, shape: str, dtypes: Any = IO, layout: str = ANY, **more: Any) -> Argument:
-    return Argument(name, shape=tuple(shape.split()), dtypes=dtypes, layout=layout, **more)
+def _tensor(
+    name: str, shape: str, dtypes: Any = IO, layout: str = ANY, interleaved: str = "", **more: Any
+) -> Argument:  # fmt: skip
+    return Argument(
+        name, shape=tuple(shape.split()), dtypes=dtypes, layout=layout, interleaved=tuple(interleaved.split()), **more
+    )
 
 
 def _multiple_of_heads(arguments: Mapping[str, Any]) -> tuple[str, str, Any] | None:
     name = "v" if "v" in arguments else "a"
     key_heads = arguments["num_k_heads"] if name == "a" else arguments["q"].shape[1]
-    value_heads = arguments[name].shape[1]
+    value_heads = math.prod(arguments[name].shape[1:]) if name == "a" else arguments[name].shape[1]
     if key_heads >= 1 and value_heads >= 1 and value_heads % key_heads == 0:
         return None
     source = "num_k_heads" if name == "a" else "Hk of q"
@@ -243,7 +257,7 @@ def _norm(arguments: Mapping[str, Any]) -> tuple[str, str, Any] | None:
 _DIM = "2*Hk*K+Hv*V"
 _CONV_STATE = _tensor("conv_state", f"Nc {_DIM} W-1..", FLOATS, CONV_ROWS, mutated=True)
 _CONV = (
-    _tensor("mixed_qkv", f"T {_DIM}", layout=INNER),
+    _tensor("mixed_qkv", f"T {_DIM}", layout=INNER, interleaved="T Hk 2*K+Hv/Hk*V"),
     _tensor("conv_weight", f"{_DIM} W", IO_OR_FP32),
     _tensor("conv_bias", _DIM, IO_OR_FP32, DENSE, optional=True),
 )
@@ -253,8 +267,8 @@ _HEADS = tuple(
 )
 _QKV = tuple(_tensor(name, shape, layout=INNER) for name, shape in (("q", "T Hk K"), ("k", "T Hk K"), ("v", "T Hv V")))
 _GATES = (
-    _tensor("a", "T Hv", IO_OR_FP32, INNER),
-    _tensor("b", "T Hv", IO_OR_FP32, INNER),
+    _tensor("a", "T Hv", IO_OR_FP32, INNER, interleaved="T Hk Hv/Hk"),
+    _tensor("b", "T Hv", IO_OR_FP32, INNER, interleaved="T Hk Hv/Hk"),
     _tensor("A_log", "Hv", FP32, DENSE),
     _tensor("dt_bias", "Hv", IO_OR_FP32, DENSE),
 )
@@ -270,10 +284,12 @@ _PADDING = Argument("padding", "str", choices=PADDING, default="any", hint=True)
 _SLOTS = _tensor("state_indices", "B S", INT32, INNER)
 _ACCEPTED = _tensor("num_accepted_tokens", "B", INT32, DENSE)
 _START_ROWS = _tensor("start_rows", "B", INT32, DENSE, optional=True, default=None)
+# Of the `_out` forms: what an op returns has zeros in these rows in any case.
+_ZERO_PADDING = Argument("zero_padding", "bool", default=False)
 _NORM_EPS = Argument("norm_eps", "float", minimum=0, default=1e-6)
 _GATE = Argument("gate", "str", choices=("silu", "sigmoid"), default="silu")
 _GATED_NORM = (
-    _tensor("z", "T Hv V", layout=INNER, optional=True, default=None),
+    _tensor("z", "T Hv V", layout=INNER, interleaved="T Hk Hv/Hk V", optional=True, default=None),
     _tensor("norm_weight", "V", IO_OR_FP32, DENSE, optional=True, default=None),
     _NORM_EPS,
     _GATE,
@@ -326,6 +342,7 @@ OPS: Mapping[str, Op] = {
                 _tensor("checkpoints", "C Hv V K", FLOATS, DENSE, mutated=True, optional=True, default=None),
                 _tensor("checkpoint_cu_starts", "B+1", INT32, DENSE, optional=True, default=None),
                 Argument("checkpoint_every", "int", minimum=0, default=0),
+                _ZERO_PADDING,
             ),
             (_OUT,),
             (_multiple_of_heads, _at_least_one_element, _scratch, _checkpoints),
@@ -341,6 +358,7 @@ OPS: Mapping[str, Op] = {
                 _L2NORM,
                 _NULL_INDEX,
                 _PADDING,
+                _ZERO_PADDING,
             ),
             (_OUT,),
             (_multiple_of_heads, _at_least_one_element, _scratch),
@@ -357,6 +375,7 @@ OPS: Mapping[str, Op] = {
                 _SCALE,
                 *_GATED_NORM,
                 _NULL_INDEX,
+                _ZERO_PADDING,
             ),
             (_OUT,),
             (_multiple_of_heads, _width, _norm),
@@ -375,6 +394,7 @@ OPS: Mapping[str, Op] = {
                 _L2NORM,
                 _NULL_INDEX,
                 _PADDING,
+                _ZERO_PADDING,
             ),
             (_OUT,),
             (_multiple_of_heads, _at_least_one_element, _slots, _scratch),
@@ -395,6 +415,7 @@ OPS: Mapping[str, Op] = {
                 _SCALE,
                 *_GATED_NORM,
                 _NULL_INDEX,
+                _ZERO_PADDING,
             ),
             (_OUT,),
             (_multiple_of_heads, _width, _slots, _norm),
@@ -403,7 +424,7 @@ OPS: Mapping[str, Op] = {
             "gated_norm",
             (
                 _tensor("x", "T Hv V", layout=INNER),
-                _tensor("z", "T Hv V", layout=INNER),
+                _tensor("z", "T Hv V", layout=INNER, interleaved="T Hk Hv/Hk V"),
                 _tensor("weight", "V", IO_OR_FP32, DENSE),
                 replace(_NORM_EPS, name="eps"),
                 _GATE,

@@ -115,7 +115,7 @@ def _verdict_file(row: Backend, problem: Problem, platform: Platform) -> Path | 
     if not row.target.startswith("gdn_plugin."):
         return None
     facts = (platform.device, platform.sm, platform.cuda, platform.sm_count, sorted(platform.packages.items()),
-             sorted(platform.features.items()), row.name, row.target, str(problem), _fingerprint())  # fmt: skip
+             sorted(platform.features.items()), row.name, row.target, str(problem), fingerprint())  # fmt: skip
     try:
         folder = cache.folder("self-check")
     except cache.CacheError:
@@ -124,7 +124,7 @@ def _verdict_file(row: Backend, problem: Problem, platform: Platform) -> Path | 
 
 
 @functools.cache
-def _fingerprint() -> str:
+def fingerprint() -> str:
     """Of the plugin's own sources: other kernels are other verdicts, whatever the version says."""
     digest = hashlib.sha256()
     root = Path(gdn_plugin.__file__).parent

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -28,10 +28,13 @@ class Variant:
         name: readable, unique among the variants of a problem.
         compile: makes the kernel ready on the current device, for this process; touches nobody's data. A second time
             costs nothing.
+        kept: what is compiled is kept on disk, where `compile` finds it in any process: others may compile it ahead,
+            `gdn_plugin.tools.compile` says how.
     """
 
     name: str
     compile: Callable[[], object]
+    kept: bool = field(default=False, kw_only=True)
 
 
 def _no_variants(platform: Platform, problem: Problem, pool: Any = None) -> Iterable[Variant]:
@@ -55,11 +58,14 @@ class BackendOp:
             it lists what is compiled for that pool's own size and strides, and nothing else.
         compile_count: kernels that this backend has compiled in this process so far. Ops of one backend may share one
             function; it is then counted once.
+        interleaved: `run` takes projections with interleaved heads as they come (see gdn_plugin.ops), in whose shape
+            the key heads are a dim more; without it they are sorted in front of it.
     """
 
     run: Callable[..., None]
     variants: Callable[..., Iterable[Variant]] = _no_variants
     compile_count: Callable[[], int] = _nothing_compiled
+    interleaved: bool = False
 
 
 @dataclass(frozen=True, slots=True)

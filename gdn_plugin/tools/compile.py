@@ -5,26 +5,43 @@ Triton's kernels compile in processes of their own (`workers` of them), FlashInf
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
+import pickle
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
+from gdn_plugin import child
 from gdn_plugin.registry import OPS, PHASE_OF_OP, Platform, Problem, load, rows
-from gdn_plugin.tools import child
+from gdn_plugin.tools.compile_flashinfer import ARCHS, arch_list
 
 SMS = (80, 90, 100, 103, 120)
-BACKENDS = ("triton", "flashinfer")
+BACKENDS = ("triton", "flashinfer", "cpu")
+
+
+# (backend's name, problem, variant's name)
+Job = tuple[str, Problem, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One compiled kernel. None where a number could not be read; `error` is "" unless it failed."""
+    """One compiled kernel.
+
+    Args:
+        registers, spills, shared: None where they could not be read.
+        error: "" unless it failed.
+        cached: it was in the cache on disk already.
+        artifact: a file of it there, or "".
+    """
 
     backend: str
     name: str
@@ -33,6 +50,8 @@ class Row:
     spills: int | None = None
     shared: int | None = None
     error: str = ""
+    cached: bool = False
+    artifact: str = ""
 
 
 def triton_problems(num_k_heads: int = 16, num_v_heads: int = 32) -> list[Problem]:
@@ -60,21 +79,45 @@ def compile_triton(
         cache_dir: becomes Triton's cache folder; by default a temporary one, so that everything really is compiled.
         workers: processes; by default one a core.
     """
+    platform = Platform.simulated(f"sm_{sm}")
     with tempfile.TemporaryDirectory() as scratch:
-        folder = scratch if cache_dir is None else os.path.join(os.path.abspath(cache_dir), "triton")
-        count = workers or os.cpu_count() or 2
-        # spawn: a fork of a process that has torch's threads may hang
-        with ProcessPoolExecutor(count, get_context("spawn"), _worker, (folder,)) as pool:
-            jobs = {
-                pool.submit(compile_variant, sm, problem, index): variant.name
-                for problem in problems
-                for index, variant in enumerate(triton_variants(problem, sm))
-            }
-            for job in as_completed(jobs):
-                try:
-                    yield job.result()
-                except BrokenProcessPool:
-                    yield Row("triton", jobs[job], 0.0, error="a compiling process died before this one was done")
+        environment = {"TRITON_CACHE_DIR": scratch if cache_dir is None else str(triton_cache(cache_dir))}
+        jobs = [
+            ("triton", problem, variant.name) for problem in problems for variant in triton_variants(problem, platform)
+        ]
+        for _, row in compile_jobs(platform, jobs, workers or os.cpu_count() or 2, environment):
+            yield row
+
+
+def triton_cache(cache_dir: str | os.PathLike[str]) -> Path:
+    """Where in a cache folder Triton's is: TRITON_CACHE_DIR."""
+    return Path(os.path.abspath(cache_dir), "triton")
+
+
+def compile_jobs(
+    platform: Platform, jobs: Sequence[Job], workers: int, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[Job, Row]]:
+    """Each job with its row, in the order in which they end.
+
+    Args:
+        platform: what is compiled for; it need not be here.
+        environment: variables of the processes, beside this one's.
+    """
+    with _Pool(platform, workers, environment or {}) as pool:
+        running = {pool.submit(compile_variant, platform, *job): job for job in jobs}
+        for done in as_completed(running):
+            job = running[done]
+            try:
+                yield job, done.result()
+            except BrokenProcessPool:
+                yield job, Row(job[0], job[2], 0.0, error="a compiling process died before this one was done")
+
+
+class _Pool(ProcessPoolExecutor):
+    """Fresh processes: a fork of a process that has torch's threads may hang, and would inherit a CUDA context."""
+
+    def __init__(self, platform: Platform, workers: int, environment: Mapping[str, str]) -> None:
+        super().__init__(workers, get_context("spawn"), _begin, (platform.sm, dict(environment)))
 
 
 def flashinfer_problems(num_k_heads: int = 16, num_v_heads: int = 32, dtype: str | None = None) -> list[Problem]:
@@ -97,34 +140,85 @@ def compile_flashinfer(
         yield Row("flashinfer", name, row.seconds, row.registers, row.spills, row.shared, row.error)
 
 
-def _worker(cache_dir: str) -> None:
+def _begin(sm: int | None, environment: Mapping[str, str]) -> None:
     child.end_with_parent()
-    os.environ["TRITON_CACHE_DIR"] = cache_dir
     os.environ.pop("TRITON_INTERPRET", None)
-    # Triton 3.9 fuses multiply and add by default and warns that this will change.
-    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    os.environ |= environment
+    if sm in ARCHS:  # read when FlashInfer and its DSL are imported
+        os.environ.setdefault("CUTE_DSL_ARCH", ARCHS[sm])
+        os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", arch_list(sm))
 
 
-def triton_variants(problem: Problem, sm: int) -> list[Any]:
-    """The variants of a problem on an architecture; each has `compile_for(sm)`."""
-    (row,) = (row for row in rows(problem.op) if row.name == "triton")
-    return list(load(row).variants(Platform.simulated(f"sm_{sm}"), problem))
+_listed: dict[tuple[str, Problem, str], list[Any]] = {}
 
 
-def compile_variant(sm: int, problem: Problem, index: int) -> Row:
+def variants(backend: str, platform: Platform, problem: Problem) -> list[Any]:
+    """What a backend can launch for a problem on a platform. A worker is asked for them one by one, and lists once."""
+    key = (backend, problem, str(platform))
+    if key not in _listed:
+        (row,) = (row for row in rows(problem.op) if row.name == backend)
+        _listed[key] = list(load(row).variants(platform, problem))
+    return _listed[key]
+
+
+def triton_variants(problem: Problem, platform: Platform) -> list[Any]:
+    """The variants of a problem on a platform; each has `compile_for(sm)`."""
+    return variants("triton", platform, problem)
+
+
+def compile_variant(platform: Platform, backend: str, problem: Problem, name: str) -> Row:
     """In a worker: variants hold functions, so the worker makes its own list and takes one."""
-    from gdn_plugin.tools.resources import resources
-
-    variant = triton_variants(problem, sm)[index]
     start = time.perf_counter()
     try:
-        compiled = variant.compile_for(sm)
+        (variant,) = (one for one in variants(backend, platform, problem) if one.name == name)
+        make = {"triton": _compile_triton, "flashinfer": _compile_flashinfer}[backend]
+        row = make(variant, platform)
     except Exception as exc:  # whatever a compiler throws is this row's finding, and the others go on
         text = f"{type(exc).__name__}: {exc}".strip().splitlines()
-        return Row("triton", variant.name, time.perf_counter() - start, error=text[0])
-    seconds = time.perf_counter() - start
+        row = Row(backend, name, 0.0, error=text[0])
+    return replace(row, seconds=time.perf_counter() - start)
+
+
+def _compile_triton(variant: Any, platform: Platform) -> Row:
+    from triton import knobs
+
+    from gdn_plugin.tools.resources import resources
+
+    heard: list[tuple[bool, str]] = []
+
+    def listener(*, metadata_group: Mapping[str, str], cache_hit: bool, **_: Any) -> None:
+        heard.append((cache_hit, next((path for path in metadata_group.values() if path.endswith(".json")), "")))
+
+    assert platform.sm is not None
+    with knobs.compilation.scope():
+        knobs.compilation.listener = listener
+        compiled = variant.compile_for(platform.sm)
     read = resources(compiled.asm["cubin"])
+    cached, artifact = heard[-1] if heard else (True, "")
     return Row(
-        "triton", variant.name, seconds, read.registers if read else None, read.spills if read else None,
-        compiled.metadata.shared,
+        "triton", variant.name, 0.0, read.registers if read else None, read.spills if read else None,
+        compiled.metadata.shared, cached=cached, artifact=artifact,
     )  # fmt: skip
+
+
+def _compile_flashinfer(variant: Any, platform: Platform) -> Row:
+    from gdn_plugin.tools.simulated import simulated_device
+
+    arch = ARCHS[platform.sm or 0]
+    with simulated_device(arch, compile_kernels=True, cache=True, sm_count=platform.sm_count) as recording:
+        variant.compile()
+        artifact = str(recording.artifacts[0]) if recording.artifacts else ""
+        return Row("flashinfer", variant.name, 0.0, cached=not recording.compiled, artifact=artifact)
+
+
+def main(order: str) -> None:
+    """The command that `gdn_plugin.ops.ahead` starts: a JSON object a kernel on standard output."""
+    platform, workers, jobs = pickle.loads(Path(order).read_bytes())
+    for _, row in compile_jobs(platform, jobs, workers):
+        shown = {"name": row.name, "seconds": row.seconds, "cached": row.cached, "artifact": row.artifact}
+        print(json.dumps(shown | {"error": row.error}), flush=True)
+
+
+if __name__ == "__main__":
+    # By its own name, under which its functions and classes are found in the processes that it starts.
+    importlib.import_module("gdn_plugin.tools.compile").main(sys.argv[1])

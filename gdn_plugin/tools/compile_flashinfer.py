@@ -29,7 +29,7 @@ from gdn_plugin.registry.probe import installed_packages
 from gdn_plugin.registry.problem import Problem
 from gdn_plugin.registry.table import CUTLASS_DSL_INSTALL, rows
 
-_ARCHS = {90: "sm_90a", 100: "sm_100a", 103: "sm_103a", 120: "sm_120a"}
+ARCHS = {90: "sm_90a", 100: "sm_100a", 103: "sm_103a", 120: "sm_120a"}
 _OPS = ("prefill", "decode", "verify")
 
 
@@ -95,9 +95,10 @@ def compile_all(
     Raises:
         ValueError: FlashInfer has no GDN kernels for this architecture.
     """
-    if sm not in _ARCHS:
-        raise ValueError(f"sm={sm} is not valid for backend flashinfer; choose one of: {', '.join(map(str, _ARCHS))}")
-    environment = os.environ | {"CUTE_DSL_ARCH": _ARCHS[sm], "PYTHONUNBUFFERED": "1"}
+    if sm not in ARCHS:
+        raise ValueError(f"sm={sm} is not valid for backend flashinfer; choose one of: {', '.join(map(str, ARCHS))}")
+    environment = os.environ | {"CUTE_DSL_ARCH": ARCHS[sm], "PYTHONUNBUFFERED": "1"}
+    environment["FLASHINFER_CUDA_ARCH_LIST"] = arch_list(sm)
     # The package may be on sys.path by the current folder alone.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (*sys.path, environment.get("PYTHONPATH", ""))))
     if cache_dir is not None:
@@ -112,7 +113,7 @@ def compile_all(
         # The DSL hands a kernel's GPU code over as a file beside what else it dumps: by default in the current folder.
         tempfile.TemporaryDirectory(prefix="gdn-plugin-") as dumps,
         subprocess.Popen(
-            [sys.executable, "-m", "gdn_plugin.tools.compile_flashinfer", _ARCHS[sm], json.dumps(order)],
+            [sys.executable, "-m", "gdn_plugin.tools.compile_flashinfer", ARCHS[sm], json.dumps(order)],
             env=environment | {"CUTE_DSL_DUMP_DIR": dumps},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -133,6 +134,11 @@ def compile_all(
     if not finished:
         last = [line for line in errors.splitlines() if line.strip()][-1:] or [f"exit status {child.returncode}"]
         yield CompileRow("", "", 0.0, error=f"the compiling process ended early: {last[0]}")
+
+
+def arch_list(sm: int) -> str:
+    """FLASHINFER_CUDA_ARCH_LIST of a GPU: the name of FlashInfer's folder, for which it else asks the devices here."""
+    return f"{sm // 10}.{sm % 10}"
 
 
 def compiler_trouble(sm: int, kept_in: Path | None = None) -> str | None:

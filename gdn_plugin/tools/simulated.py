@@ -193,6 +193,9 @@ def _pretend_compiler(stack: contextlib.ExitStack, recording: Recording, compile
         spec = cute_dsl_core.JitSpecCuteDsl(
             module, name, compile_fn, cute_dsl_core._hash_source_files(tuple(extra_key_files))
         )
+        if spec.is_compiled:  # by another process; to load it takes the device
+            recording.artifacts.append(spec.object_path)
+            return _Kernel(name, recording, None, [])
         # FlashInfer would now load the object again, which needs the device.
         spec.compile_and_persist()
         if not spec.is_compiled:

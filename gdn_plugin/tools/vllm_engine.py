@@ -6,6 +6,9 @@ The job (JSON): `llm`, the arguments of vllm.LLM; `rounds`, lists of token-id pr
 `max_tokens`; `logprobs`, how many alternatives to return a token. The result: `rounds`, for each prompt `tokens`,
 `logprobs` (for each token {token id: log-probability}) and `cached_tokens`; `layers`, the classes of the GDN layers
 that served; `seconds`, a number a round; `drafts` and `accepted`, speculative tokens counted by the engine.
+
+With `bench` in the job, the engine is timed instead: it is the job of `gdn_plugin.tools.bench.rounds.run`, and the
+result holds what that returns, `layers`, and `startup_s`.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from gdn_plugin.tools.bench import rounds
 
 ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
@@ -30,7 +35,12 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Start the engine, send the rounds, return what it said."""
     from vllm import LLM, SamplingParams
 
+    began = time.perf_counter()
     engine = LLM(**job["llm"], disable_log_stats=False)
+    if "bench" in job:
+        startup_s, layers = time.perf_counter() - began, _layers(engine)
+        measured = rounds.run(engine, SamplingParams, len(layers), job["bench"])
+        return measured | {"startup_s": startup_s, "layers": layers}
     sampling = SamplingParams(
         temperature=0.0,
         max_tokens=job["max_tokens"],
@@ -38,15 +48,15 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         ignore_eos=True,
         detokenize=False,
     )
-    rounds, seconds = [], []
+    said, seconds = [], []
     for prompts in job["rounds"]:
         began = time.perf_counter()
         outputs = engine.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
         seconds.append(time.perf_counter() - began)
-        rounds.append([_answer(output) for output in outputs])
+        said.append([_answer(output) for output in outputs])
     counters = {metric.name: metric.value for metric in engine.get_metrics() if hasattr(metric, "value")}
     return {
-        "rounds": rounds,
+        "rounds": said,
         "seconds": seconds,
         "layers": _layers(engine),
         "drafts": counters.get("vllm:spec_decode_num_draft_tokens", 0),

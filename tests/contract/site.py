@@ -24,7 +24,7 @@ class Site:
         io: dtype of tokens where a case names none.
         backends: those that are tried.
         runs: those that must run every case; the others may refuse some, as the registry says.
-        slow: a case runs in one form, returning or into buffers, in turn.
+        slow: a case runs in one form, in turn: returning, into buffers, into buffers whose padding is to be zeroed.
     """
 
     device: str
@@ -76,6 +76,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "form" not in metafunc.fixturenames:
         metafunc.parametrize(("op", "name", "backend"), calls, ids=lambda x: x)
         return
-    forms = [(*call, form) for i, call in enumerate(calls) for j, form in enumerate(("returning", "out"))
-             if not site.slow or i % 2 == j]  # fmt: skip
+    forms = []
+    for i, (op, name, who) in enumerate(calls):
+        own = ("returning", "out", "zeroed") if "padding" in name else ("returning", "out")
+        forms += [(op, name, who, form) for j, form in enumerate(own) if not site.slow or i % len(own) == j]
     metafunc.parametrize(("op", "name", "backend", "form"), forms, ids=lambda x: x)

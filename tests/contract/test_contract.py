@@ -1,7 +1,8 @@
 """The ops' contract (docstring of gdn_plugin.ops), every backend over the same cases, through the public functions.
 
 What `checks.check` asks of each: the right numbers; not a bit changed in a row, a page tail or a guard row that no live
-sequence names; inputs as they were; padding tokens zero, or in buffers that were handed over zero or untouched. A
+sequence names; inputs as they were; padding tokens zero, or in buffers that were handed over zero or untouched, and
+zero where that was asked for. A
 backend whose checks refuse a case must say why, and auto must serve the case all the same.
 """
 
@@ -33,6 +34,7 @@ MAKERS = {
 
 STATE_OPS = ("prefill", "decode", "fused_decode", "verify", "fused_verify", "conv_prologue")
 CONV_OPS = ("conv_prologue", "fused_decode", "fused_verify")
+PROJECTED = (*CONV_OPS, "decode", "verify", "gated_norm")
 # The keyword features that mean the same for several ops: name -> (ops, keywords).
 SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": (tuple(MAKERS), {}),
@@ -49,6 +51,13 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         for state in (FP32, BF16, HALF)
     },
     **{f"value heads {r} a key head": (STATE_OPS, {"ratio": r}) for r in (1, 3, 8)},
+    **{f"interleaved, {r} a key head": (PROJECTED, {"ratio": r, "interleaved": True}) for r in (1, 2, 3)},
+    "interleaved": (PROJECTED, {"interleaved": True, "heads": (1, 2), "io_dtype": BF16, "gate_dtype": FP32}),
+    "interleaved, strided": (PROJECTED, {"interleaved": True, "heads": (3, 6), "gap": 3, "io_dtype": BF16}),
+    "interleaved, padding": (
+        ("conv_prologue", "decode", "fused_decode", "verify"),
+        {"interleaved": True, "padding": (0, 2), "gap": 64, "index_stride": 3},
+    ),
     # The sequences that a feature names are those of the lens below.
     "padding that has tokens": (STATE_OPS, {"padding": (0, 2)}),
     "padding that has tokens, null row 0": (STATE_OPS, {"padding": (1,), "null_index": 0}),
@@ -108,6 +117,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
     "fused_decode": {
         "sigmoid": {"gate": "sigmoid", "io_dtype": BF16},
         "no norm": {"norm": False},
+        "no norm, interleaved": {"norm": False, "interleaved": True},
     },
     "verify": {
         "one slot": {"lens": (1, 1), "slots": 1},
@@ -148,6 +158,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "speculative, has_initial_state None": {"lens": (3, 3), "accepted": (1, 3), "fresh": None},
         "speculative, a fresh one": {"lens": (1, 3, 2), "accepted": (1, 3, 2), "fresh": (0, 2)},
         "speculative, SD": {"lens": (3, 3), "accepted": (1, 3), "layout": "SD", "extra_columns": 5, "pad_tokens": 2},
+        "speculative, interleaved": {"lens": (0, 4, 3), "accepted": (1, 3, 1), "interleaved": True, "fresh": (2,)},
         "speculative, width 2": {"lens": (2, 3), "accepted": (2, 1), "width": 2, "state_dtype": None},
     },
     "gated_norm": {
@@ -156,6 +167,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "fp32 weight": {"weight_dtype": FP32, "io_dtype": BF16},
         "in place": {"in_place": True},
         "in place, strided": {"in_place": True, "gap": 64, "io_dtype": BF16},
+        "in place, interleaved": {"in_place": True, "interleaved": True, "io_dtype": BF16},
         "eps": {"eps": 0.3},
         "one token": {"tokens": 1},
         "many tokens": {"tokens": 300},
@@ -174,6 +186,10 @@ def build(site: Site, op: str, name: str) -> cases.Case:  # noqa: F811
         _, _, K, V = site.heads
         key_heads = 1 if site.slow else 2
         keywords["heads"] = Heads(key_heads, key_heads * ratio, K, V)
+    elif len(keywords["heads"]) == 2:
+        keywords["heads"] = Heads(*keywords["heads"], *site.heads[2:])
+    if op == "gated_norm":
+        keywords.pop("gate_dtype", None)
     return MAKERS[op](**keywords)
 
 
@@ -182,7 +198,7 @@ def test_contract(site, op, name, backend, form):  # noqa: F811
 
     def serve(who: str | None) -> None:
         column = precision(op, who, case.io_dtype, site.device)
-        check(public(op, who, out=form == "out"), case, precision=column, zero_padding=form == "returning")
+        check(public(op, who, out=form != "returning"), case, precision=column, zero_padding=form != "out")
 
     try:
         serve(backend)

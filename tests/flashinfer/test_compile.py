@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from gdn_plugin.registry import Platform, load, rows
 from gdn_plugin.tools import compile_flashinfer
-from gdn_plugin.tools.compile_flashinfer import CompileRow, compile_all, compiler_trouble, problems
+from gdn_plugin.tools.compile import compile_jobs
+from gdn_plugin.tools.compile_flashinfer import CompileRow, arch_list, compile_all, compiler_trouble, problems
 
 # A few of each architecture; `gdn-plugin compile --backend flashinfer` compiles all of them.
 FEW = {
@@ -102,3 +104,30 @@ def test_an_unwritable_folder_is_no_failure(asked, tmp_path):
 @pytest.mark.slow
 def test_the_installed_compiler_compiles(tmp_path):
     assert compiler_trouble(90, tmp_path) is None
+
+
+@pytest.mark.parametrize("sm", [90, 100, 103, 120])
+def test_the_folder_is_that_of_a_machine_with_such_a_gpu(sm, monkeypatch):
+    """FlashInfer names its folder after the GPUs it finds, and where an image is built there is none."""
+    from flashinfer.compilation_context import CompilationContext
+
+    monkeypatch.delenv("FLASHINFER_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: divmod(sm, 10))
+    there = CompilationContext().TARGET_CUDA_ARCHS
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("FLASHINFER_CUDA_ARCH_LIST", arch_list(sm))
+    assert CompilationContext().TARGET_CUDA_ARCHS == there != set()
+
+
+@pytest.mark.slow
+def test_a_second_process_finds_what_the_first_has_compiled(tmp_path):
+    platform = Platform.simulated("sm_100")
+    (problem,) = problems(ops=("prefill",), state_dtypes=("bfloat16",))
+    row = next(row for row in rows("prefill") if row.name == "flashinfer")
+    kept = [variant.name for variant in load(row).variants(platform, problem) if variant.kept]
+    jobs = [("flashinfer", problem, name) for name in kept[:1]]
+    environment = {"FLASHINFER_WORKSPACE_BASE": str(tmp_path)}
+    found = [[row for _, row in compile_jobs(platform, jobs, 1, environment)] for _ in range(2)]
+    assert [[(row.error, row.cached) for row in ran] for ran in found] == [[("", False)], [("", True)]]
+    assert Path(found[0][0].artifact).is_relative_to(tmp_path)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import ops
+from gdn_plugin.hosts.batch import Batch
 from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Shape
 from gdn_plugin.hosts.vllm.metadata import batch_of
 from gdn_plugin.registry import PHASES, probe, select
@@ -22,7 +23,8 @@ ROWS = 66
 SPEC = 4  # tokens of a speculative row
 CLOSE = tolerance("prefill", torch.float32, torch.float32)
 
-BACKENDS = ["reference", "torch", "cpu"]
+# By backend; what the core does itself is the same on all of them, in either layout of the projections.
+WORLDS = ["reference", "torch", "cpu", "cpu, interleaved"]
 # vLLM's own list for up to 64 sequences: 1, 2, 4, then every 8.
 CAPTURED_SIZES = (1, 2, 4, *range(8, 65, 8))
 
@@ -36,6 +38,7 @@ class World:
     norm_weight: Tensor
     generator: torch.Generator
     pages: Tensor
+    interleaved: bool
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
@@ -67,11 +70,9 @@ class World:
         x, a, b, places = build_inputs(step, self.generator)
         metadata = build_metadata(step, SPEC)
         padded = x.shape[0]
-        wide = torch.cat([x, self.randn(padded, HV * V)], 1)  # mixed_qkv is a slice of the projection
-        z = wide[:, DIM:].unflatten(1, (HV, V))
+        z = self.randn(padded, HV, V)
         out = torch.full((padded, HV, V), float("nan"))
-        gated = GatedNorm(z, self.norm_weight, 1e-6, "silu") if norm else None
-        self.core.run(batch_of(metadata, W - 1), wide[:, :DIM], a, b, self.parameters, out, gated)
+        self.run(batch_of(metadata, W - 1), x, z if norm else None, a, b, out)
         assert not out[padded - step.pad_tokens :].any(), "rows of padding tokens must be zero, whatever they held"
         for row, place in places:
             request, start = row.request, row.request.done
@@ -83,6 +84,20 @@ class World:
             request.accepted = row.count if row.drafts is not None else 1
         for row, _ in places:
             self.check_state(row)
+
+    def run(self, batch: Batch, x: Tensor, z: Tensor | None, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """The step on slices of a host's projections: q k v z and b a, of all heads or by key head."""
+        heads, gate = HK if self.interleaved else 1, None
+        beside = torch.full((len(x), HV * V), float("nan")) if z is None else z.flatten(1)
+        parts = [*x.split((HK * K, HK * K, HV * V), 1), beside]
+        wide, ba = (torch.cat([y.unflatten(1, (heads, -1)) for y in ys], 2) for ys in (parts, (b, a)))
+        mixed, placed = wide.split((DIM // heads, HV * V // heads), 2)
+        b, a = ba.chunk(2, 2)
+        if not self.interleaved:
+            mixed, placed, a, b = (y.squeeze(1) for y in (mixed, placed, a, b))
+        if z is not None:
+            gate = GatedNorm(placed.unflatten(-1, (-1, V)), self.norm_weight, 1e-6, "silu")
+        self.core.run(batch, mixed, a, b, self.parameters, out, gate)
 
     def check_state(self, row: Row) -> None:
         """The state, and the conv history, where the request's next step will look for them."""
@@ -98,13 +113,14 @@ class World:
         return y * torch.nn.functional.silu(z)
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=WORLDS)
 def world(request: pytest.FixtureRequest) -> World:
     generator = torch.Generator().manual_seed(7)
     shape = Shape(
         "float32", "float32", HK, HV, K, V, W, spec_tokens=SPEC, checkpoints=True, null_index=0, padding="scratch"
     )
-    selection = select(probe("cpu"), shape.problems(), dict.fromkeys(PHASES, request.param))
+    backend, _, interleaved = request.param.partition(", ")
+    selection = select(probe("cpu"), shape.problems(), dict.fromkeys(PHASES, backend))
     width = W - 1 + SPEC - 1
     conv_size, state_size = DIM * width, HV * V * K
     pages = torch.full((ROWS, conv_size + state_size + 96), float("nan"))
@@ -117,7 +133,7 @@ def world(request: pytest.FixtureRequest) -> World:
         state=pages[:, conv_size : conv_size + state_size].unflatten(1, (HV, V, K)),
     )
     norm_weight = 1 + 0.1 * torch.randn(V, generator=generator)
-    return World(Core(shape, selection), parameters, norm_weight, generator, pages)
+    return World(Core(shape, selection), parameters, norm_weight, generator, pages, bool(interleaved))
 
 
 def test_prefill_then_decode(world: World) -> None:
@@ -196,9 +212,8 @@ def test_padded_decodes_leave_real_rows_as_they_are(world: World, size: int) -> 
         step = Step([Row(request, 1) for request in requests], pad_requests=padding, pad_tokens=padding)
         n = count + padding
         out = torch.zeros(n, HV, V)
-        gated = GatedNorm(z[:n].unflatten(1, (HV, V)), world.norm_weight, 1e-6, "silu")
         batch = batch_of(build_metadata(step, SPEC), W - 1)
-        world.core.run(batch, x[:n], a[:n], b[:n], world.parameters, out, gated)
+        world.run(batch, x[:n], z[:n].unflatten(1, (HV, V)), a[:n], b[:n], out)
         return out[:count], world.pages.clone()
 
     alone, padded, poisoned = run(0, 0.0), run(size - count, 1.0), run(size - count, float("nan"))

@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from gdn_plugin.hosts.vllm import compat
+from gdn_plugin.ops.heads import flat_qkv
 from tests.host.steps import Request, Row, Step, build_metadata
 from tests.support.checks import assert_close
+from tests.support.memory import Launches
 from tests.tolerances import tolerance
 
 pytestmark = [
@@ -161,9 +163,21 @@ def test_both_layouts_are_transformers(vllm_config: Any, pair: tuple[Any, Any]) 
 
 
 def test_both_layouts_take_the_packed_op(pair: tuple[Any, Any]) -> None:
-    """On a CPU: a decode step is one call with its norm, and a prefill's norm is the native one."""
+    """A decode step is one call with its norm, and what the ops get are views of the projections."""
     layer, _ = pair
     assert layer._gdn_packed
+    qkvz = torch.randn(5, 2 * layer.key_dim + 2 * layer.value_dim)
+    ba = torch.randn(5, 2 * layer.num_v_heads)
+    with Launches() as counted:
+        mixed_qkv, z, b, a = layer._split_projections(qkvz, ba)
+    assert not counted.names
+    query, key, value, *rest = layer.fix_query_key_value_ordering(qkvz, ba) if layer.gqa_interleaved_layout else [
+        *qkvz.split([layer.key_dim, layer.key_dim, layer.value_dim, layer.value_dim], dim=1), *layer.split_ba(ba)
+    ]  # fmt: skip
+    sorted_qkv = flat_qkv(mixed_qkv, layer.head_k_dim) if layer.gqa_interleaved_layout else mixed_qkv
+    assert torch.equal(sorted_qkv, torch.cat([x.flatten(1) for x in (query, key, value)], 1))
+    for mine, theirs in zip((z, b, a), rest, strict=True):
+        assert torch.equal(mine.flatten(1), theirs.flatten(1))
 
 
 def test_replicated_gates_are_cut_to_the_rank(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,7 +194,8 @@ def test_replicated_gates_are_cut_to_the_rank(pair: tuple[Any, Any], monkeypatch
     ba = torch.randn(5, 2 * heads)
     mixed_qkv, z, b, a = layer._split_projections(qkvz, ba)
     assert torch.equal(b, ba[:, heads // 2 : heads]) and torch.equal(a, ba[:, heads + heads // 2 :])
-    assert mixed_qkv.shape[1] == layer._qkv_size() and z.shape == (5, heads // 2, layer.head_v_dim)
+    assert mixed_qkv.shape[1] == (2 * layer.key_dim + layer.value_dim) // 2
+    assert z.shape == (5, heads // 2, layer.head_v_dim)
 
 
 @pytest.mark.parametrize(

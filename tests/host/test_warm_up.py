@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from types import MappingProxyType, SimpleNamespace
@@ -45,6 +46,9 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     monkeypatch.setattr(dispatch, "backend_op", made)
     monkeypatch.setattr(dispatch, "_working", lambda platform, pick: pick({}))
     monkeypatch.setattr(host, "_done", set())
+    monkeypatch.setattr(host, "_ready", 0)
+    monkeypatch.setattr(host, "Finalize", lambda *_, **__: None)
+    host._tell_at_the_end.cache_clear()
     return made
 
 
@@ -83,3 +87,24 @@ def test_a_compiler_that_fails_stops_only_what_was_asked_for_by_name(
     host.warm_up_pool(core(), POOL[:7])
     assert lines == ["gdn_plugin: fused_decode on torch was not compiled ahead: no ptxas"]
     assert {op for op, _ in compiler.compiled} >= set(SHAPE.problems()) - {"fused_decode"}
+
+
+def test_the_log_has_the_counter_at_the_start_and_what_came_after(
+    compiler: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    count = 5
+    at_the_end: list[Any] = []
+    monkeypatch.setattr(host.ops, "compile_count", lambda: count)
+    monkeypatch.setattr(host, "Finalize", lambda of, call, exitpriority: at_the_end.append(call))
+    with caplog.at_level(logging.INFO, "vllm.gdn_plugin"):
+        host.warm_up(core(), torch.device("cpu"))
+        host.warm_up_pool(core(), POOL)
+        host._tell_at_the_end()
+        (tell,) = at_the_end
+        tell()
+        count = 7
+        tell()
+    warmed, none, two = caplog.records
+    assert "warmed up in" in warmed.message and "5 kernels in this process" in warmed.message
+    assert none.message.endswith("compiled since start-up: 0") and none.levelno == logging.INFO
+    assert two.message.endswith("compiled since start-up: 2") and two.levelno == logging.WARNING

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gdn_plugin import ops
 from gdn_plugin.ops import cases
+from gdn_plugin.ops.record import OPS
 from gdn_plugin.settings import SettingsError
 from tests.support.checks import bits
 from tests.support.public import supported
@@ -106,6 +107,7 @@ SCALARS = [
       for bad in ("1", float("nan"), True)],
     *[(op, "padding", bad) for op in ("prefill", "decode", "verify") for bad in ("", None, "all")],
     *[(op, "use_qk_l2norm", bad) for op in ("prefill", "decode", "verify") for bad in (1, None)],
+    *[(op, "zero_padding", bad) for op in ("prefill", "decode", "fused_decode", "verify") for bad in (1, None)],
     *[(op, "exp_gate", bad) for op in ("conv_prologue", "prefill") for bad in (1, None)],
     *[("prefill", "max_seqlen", bad) for bad in (-1, 1.5, None)],
     *[("prefill", "checkpoint_every", bad) for bad in (0, -64, 63, 96, 64.0, None)],
@@ -162,6 +164,27 @@ def _tensors(x):
 def test_wrong_tensor(op, name, kind, wrong):
     values = arguments(op)
     refused(op, values | {name: wrong(values[name])}, name)
+
+
+def interleaved(op):
+    """Arguments whose projections have interleaved heads."""
+    maker = {"conv_prologue": cases.conv_prologue_case, "decode": cases.decode_case, "verify": cases.verify_case,
+             "fused_decode": cases.fused_decode_case, "gated_norm": cases.gated_norm_case}[op]  # fmt: skip
+    case = maker(interleaved=True)
+    return case.args | {n: p.clone().view for n, p in case.pools.items()}
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "dim"),
+    [(op, argument.name, dim) for op, record in OPS.items() for argument in record.projections
+     for dim in range(len(argument.interleaved))],
+    ids=str,
+)  # fmt: skip
+def test_wrong_shares(op, name, dim):
+    values = interleaved(op)
+    for wrong in (longer(dim), lambda x: x.narrow(dim, 0, 0), every_other, other_dtype):
+        bad = wrong(values[name])
+        refused(op, values | {name: bad}, name)
 
 
 @pytest.mark.parametrize(("op", "name", "bad"), SCALARS, ids=lambda x: str(x))

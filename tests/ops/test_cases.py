@@ -7,7 +7,8 @@ import time
 import pytest
 import torch
 
-from gdn_plugin.ops import cases
+from gdn_plugin.ops import cases, heads
+from gdn_plugin.ops.record import OPS as RECORDS
 from gdn_plugin.registry import OPS, Problem, Wants, load, rows
 from tests.support.checks import check
 
@@ -46,6 +47,21 @@ def test_a_case_of_a_problem_runs(op, form, wants):
     run = load(next(row for row in rows(op) if row.name == "torch")).run
     for zero_padding in (True, False):
         check(run, make(op, form, wants=wants), zero_padding=zero_padding)
+
+
+@pytest.mark.parametrize("gap", [0, 3])
+@pytest.mark.parametrize("shape", [(1, 1, 16, 8), (1, 3, 8, 16), (2, 4, 16, 8), (3, 3, 8, 8)], ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if RECORDS[op].projections])
+def test_interleaved_heads_are_flat_ones_in_another_order(op, shape, gap):
+    """The maker lays them out head by head, `heads.flat` sorts whole tensors: one checks the other."""
+    maker = getattr(cases, f"{op}_case")
+    flat, interleaved = (maker(heads=cases.Heads(*shape), gap=gap, interleaved=way).args for way in (False, True))
+    found = heads.flat(RECORDS[op], interleaved)
+    assert found.keys() == {argument.name for argument in RECORDS[op].projections}
+    for name, x in flat.items():
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(found.get(name, interleaved[name]), x), name
+    assert not heads.flat(RECORDS[op], flat)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -17,9 +17,11 @@ from gdn_plugin.registry import (
     BackendLoadError,
     BackendOp,
     NoBackendError,
+    Platform,
     Problem,
     SettingsError,
     Variant,
+    choose,
     probe,
     select,
 )
@@ -348,3 +350,22 @@ def test_a_backend_need_not_know_what_depends_on_the_call(made_up, monkeypatch):
     assert torch.equal(got, want) and not got[1].any()
     with pytest.raises(ValueError, match=r"scale: expected 0\.25, which is all that 'made_up' knows, got 0\.5"):
         decode(backend="made_up", scale=0.5)
+
+
+@pytest.mark.parametrize("request_", ["auto", "triton"])
+def test_a_kernel_that_does_not_compile_takes_its_backend_out_and_no_engine_down(monkeypatch, caplog, request_):
+    monkeypatch.setenv("GDN_PLUGIN_SELF_CHECK", "0")
+
+    def broken(*_):
+        raise RuntimeError("no ptxas")
+
+    monkeypatch.setattr(dispatch, "_bring_in", broken)
+    monkeypatch.setattr(dispatch, "backend_op", lambda op, name: None)
+    h100, problem = Platform.simulated("sm_90"), Problem("decode", "bfloat16", "float32", 2, 4, 64, 64)
+    choice = replace(choose(h100, problem, "triton"), request=request_)
+    assert dispatch._trouble(choice, h100) is None
+    if request_ == "auto":
+        assert dispatch._trouble(choice, h100, True) == "no ptxas" and "triton is not used: no ptxas" in caplog.text
+    else:
+        with pytest.raises(RuntimeError, match="no ptxas"):
+            dispatch._trouble(choice, h100, True)

@@ -53,6 +53,11 @@ def test_opcheck_with_checkpoints_and_speculation():
     torch.library.opcheck(torch.ops.gdn.conv_prologue.default, op_args(rows, "torch"))
 
 
+@pytest.mark.parametrize("op", [op for op in BUILD if RECORDS[op].projections])
+def test_opcheck_of_interleaved_heads(op):
+    torch.library.opcheck(getattr(torch.ops.gdn, op).default, op_args(BUILD[op](interleaved=True), "torch"))
+
+
 @pytest.mark.parametrize("op", BUILD)
 def test_schemas_say_what_is_mutated(op):
     for variant, outputs in (("", set()), ("_out", set(BUILD[op]().outputs))):

@@ -41,7 +41,7 @@ def test_rank(op):
 def test_every_row_loads_and_takes_the_records_arguments(op, name):
     """By keyword, every one of them that is not a hint, and nothing else."""
     record = RECORDS[op]
-    known = {argument.name for argument in record.arguments} | ({"zero_padding"} if record.pads else set())
+    known = {argument.name for argument in record.arguments}
     needed = known - {argument.name for argument in record.inputs if argument.hint}
     parameters = inspect.signature(load(row(op, name)).run).parameters.values()
     required = {p.name for p in parameters if p.default is p.empty}

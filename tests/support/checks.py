@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from gdn_plugin.backends.reference import recurrence as reference
+from gdn_plugin.ops import heads
 from gdn_plugin.ops.cases import Case
+from gdn_plugin.ops.record import OPS
 from tests.tolerances import Tolerance, tolerance
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -54,6 +56,7 @@ def assert_close(name: str, got: Tensor, want: Tensor, tol: Tolerance) -> None:
 def run_reference(case: Case) -> Result:
     """The float64 truth, on the CPU."""
     args = case.precise_arguments(torch.float64)
+    args |= heads.flat(OPS[case.op], args)
     getattr(reference, case.op)(**args, compute_dtype=torch.float64)
     return Result({n: args[n] for n in case.outputs}, {n: args[n] for n in case.pools})
 

@@ -1,4 +1,4 @@
-"""What a call does behind its results: how much it allocates at its peak, and whether it looks at tensor values."""
+"""What a call does behind its results: what it allocates at its peak, what it launches, whether it looks at values."""
 
 from __future__ import annotations
 
@@ -41,6 +41,21 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     with _Peak() as mode:
         call()
     return mode.peak
+
+
+class Launches(TorchDispatchMode):
+    """Names of the ops that would launch something; views and bare allocations launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        launches_nothing = func.is_view or name.startswith(("aten::empty", "aten::new_empty", "aten::detach", "prim::"))
+        if not launches_nothing:
+            self.names.append(name.removeprefix("gdn::").removesuffix("_out"))
+        return func(*args, **(kwargs or {}))
 
 
 class _NoValues(TorchDispatchMode):

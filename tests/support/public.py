@@ -23,11 +23,11 @@ def public(op: str, backend: str | None, *, out: bool | None = None) -> Callable
     call, names = getattr(ops, op), [output.name for output in OPS[op].outputs]
 
     def run(**args: Any) -> None:
-        zero_padding = args.pop("zero_padding", True)
+        zeroing = {"zero_padding": args.pop("zero_padding")} if "zero_padding" in args else {}
         buffers = [args.pop(name) for name in names]
-        fill = not zero_padding if out is None else out
+        fill = not zeroing.get("zero_padding", True) if out is None else out
         if fill or any(buffer is x for buffer in buffers for x in args.values()):
-            got = call(**args, out=buffers if len(names) > 1 else buffers[0], backend=backend)
+            got = call(**args, **zeroing, out=buffers if len(names) > 1 else buffers[0], backend=backend)
             assert all(a is b for a, b in zip(got if len(names) > 1 else [got], buffers, strict=True))
             return
         got = call(**args, backend=backend)

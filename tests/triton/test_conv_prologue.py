@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 
+from gdn_plugin.backends.triton import conv_prologue as module
 from gdn_plugin.backends.triton.conv_prologue import CONFIGS, PrologueConfig, choose_config
 from gdn_plugin.backends.triton.conv_prologue import run as conv_prologue
 from gdn_plugin.backends.triton.launch import launch_count
@@ -41,10 +42,30 @@ def test_configurations(config):
     check(partial(conv_prologue, config=config), case)
 
 
-def test_run_shorter_than_the_history_is_refused():
-    case = conv_prologue_case((5,), SMALL)
-    with pytest.raises(ValueError, match="run_length: expected at least W-1=3, got 2"):
-        run(partial(conv_prologue, config=PrologueConfig(4, 2, 1)), case)
+@pytest.mark.parametrize("width", [2, 4, 6, 8])
+@pytest.mark.parametrize("accepted", [None, (2, 1, 3)], ids=["plain", "speculative"])
+def test_steps_shorter_than_the_history(width, accepted):
+    """A run takes as many steps as reach over it, and carries what one step leaves of it."""
+    case = conv_prologue_case((2, 37, 9), SMALL, width=width, accepted=accepted, extra_columns=40, pad_tokens=2)
+    check(partial(conv_prologue, config=PrologueConfig(4, 2, 1)), case)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+@pytest.mark.parametrize("lens", [(67,), (33, 16, 0, 5)], ids=lambda x: "+".join(map(str, x)))
+def test_steps(monkeypatch, steps, lens):
+    """Blocks that end in any step of any run, of sequences and of padding."""
+    monkeypatch.setattr(module, "choose_steps", lambda *given: steps)
+    case = conv_prologue_case(lens, SMALL, fresh=(0,), pad_tokens=19)
+    for config in (PrologueConfig(2, 4, 1), PrologueConfig(1, 4, 1)):
+        check(partial(conv_prologue, config=config), case)
+
+
+def test_blocks_leave_enough_programs_and_are_mostly_full():
+    short, long = CONFIGS.lookup(90, 128, 128, torch.bfloat16)
+    steps = partial(module.choose_steps, slots=65, width=4)
+    assert [steps(long, tokens, 1) for tokens in (256, 1024, 2048, 4096, 16384)] == [1, 1, 2, 4, 4]
+    assert steps(long, 16384, 8) == 4 and steps(long, 16384, 512) == 1
+    assert steps(short, 256, 64) == 1
 
 
 @pytest.mark.parametrize(

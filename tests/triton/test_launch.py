@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +19,17 @@ from gdn_plugin.backends.triton.launch import (
     launch_count,
     recorded,
 )
+from gdn_plugin.ops import cases
+from tests.support.memory import Launches
 
 CPU = torch.device("cpu")
+MAKERS = {
+    "conv_prologue": cases.conv_prologue_case,
+    "decode": cases.decode_case,
+    "fused_decode": cases.fused_decode_case,
+    "verify": cases.verify_case,
+    "gated_norm": cases.gated_norm_case,
+}
 
 
 class Kernel:
@@ -95,3 +105,17 @@ def test_recording_ends_with_an_error_and_is_one_threads_own(kernel):
     assert seen == [0]
     launch(kernel, (1,), x=1)
     assert len(kernel.ran) == 1
+
+
+@pytest.mark.parametrize("interleaved", [False, True], ids=["flat", "interleaved"])
+@pytest.mark.parametrize("op", MAKERS)
+def test_an_op_is_one_launch_and_nothing_of_atens(op, interleaved):
+    """Whatever the layout of the projections: no copy in front, no fill behind."""
+    run = import_module(f"gdn_plugin.backends.triton.{op}").run
+    case = MAKERS[op](heads=cases.Heads(2, 4, 64, 64), interleaved=interleaved, gap=8, device="meta")
+    with recorded(90):
+        run(**case.arguments())  # a workspace is made once
+    arguments = case.arguments()
+    with recorded(90) as recording, Launches() as aten:
+        run(**arguments)
+    assert [one.kernel.__name__ for one in recording.launches] == [f"{op}_kernel"] and not aten.names

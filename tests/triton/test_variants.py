@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +12,12 @@ from torch import Tensor
 from gdn_plugin.backends.triton import launch as launching
 from gdn_plugin.backends.triton.launch import compile_count, recorded
 from gdn_plugin.backends.triton.variants import key, specialise
+from gdn_plugin.ops import dispatch
 from gdn_plugin.ops.cases import case
-from gdn_plugin.registry import OPS, Platform, Problem
+from gdn_plugin.ops.selfcheck import small_case
+from gdn_plugin.registry import OPS, Platform, Problem, rows
+from gdn_plugin.registry.backend import left_out
+from tests.support.triton_device import stand_in
 
 HEADS = [(2, 4), (4, 8), (16, 32), (16, 48)]
 SMS = [80, 90, 100]
@@ -48,9 +51,9 @@ def lengths(op):
                 yield [1] * (count - 1) + [total - count + 1]
 
 
-def calls(problem, lens):
+def calls(problem, lens, **features):
     """A call in every form that the problem leaves open, in the layouts that hosts bring."""
-    arguments = case(problem, lens, device="meta").arguments()
+    arguments = case(problem, lens, device="meta", **features).arguments()
     either = {
         "dt_bias": ("io",) if problem.bias_dtype else ("io", "fp32"),
         "use_qk_l2norm": (True, False) if problem.qk_l2norm is None else (problem.qk_l2norm,),
@@ -142,6 +145,30 @@ def test_facts_of_a_problem_are_followed(op, facts):
         assert known < set(listed(problem_of(op, (4, 8), "bfloat16"), 90))
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_the_self_check_asks_for_no_kernel_that_is_not_listed(op):
+    """What an image has compiled, or other processes ahead, must do for the whole start."""
+    (row,) = (row for row in rows(op) if row.name == "triton")
+    for state_dtype, checkpoints in itertools.product(("float32", "bfloat16"), (False, True)):
+        problem = problem_of(op, state_dtype=state_dtype, checkpoints=checkpoints and op == "prefill")
+        arguments = small_case(row, problem, "meta").arguments(zero_padding=True)
+        run = op_of(op).run
+        with recorded(90) as recording:
+            run(**{name: x for name, x in arguments.items() if name not in left_out(run, arguments)})
+        assert recording.launches and {key(launch) for launch in recording.launches} <= set(listed(problem, 90))
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (2, 6), (16, 32)], ids=lambda heads: "x".join(map(str, heads)))
+@pytest.mark.parametrize("op", [op for op in OPS if op_of(op).interleaved])
+def test_interleaved_heads_take_the_kernels_of_flat_ones(op, heads):
+    problem = problem_of(op, heads)
+    for lens in ([1], [1, 1, 1], [70], [70, 900]) if op not in ONE_TOKEN else ([1], [1, 1, 1]):
+        with recorded(90) as recording:
+            for call in calls(problem, lens, interleaved=True):
+                op_of(op).run(**call)
+        assert {key(one) for one in recording.launches} <= set(listed(problem, 90))
+
+
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("op", [op for op in OPS if op != "gated_norm"])
 def test_a_pool_with_strides_of_its_own(op, state_dtype):
@@ -185,32 +212,14 @@ def test_specialisation_is_tritons(value):
 @pytest.fixture
 def h100(monkeypatch, tmp_path):
     """An H100 as far as Triton's compilation sees; yields the names of the kernels that were loaded onto it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
-
-    loads = []
-    utils = SimpleNamespace(
-        get_device_properties=lambda device: {"max_shared_mem": 232448},
-        load_binary=lambda name, *rest: loads.append(name) or (object(), object(), 64, 0, 1024),
-        unload_module=lambda module: None,
-    )
-    stand_in = SimpleNamespace(
-        get_current_device=lambda: 0,
-        get_current_stream=lambda device: 0,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        launcher_cls=lambda source, metadata: lambda *args: None,
-        utils=utils,
-    )
-    was = driver._active
-    driver.set_active(stand_in)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     for kernel in launching._kernels:
         kernel.device_caches.clear()
-    yield loads
+    with stand_in(90) as loads:
+        yield loads
     for kernel in launching._kernels:
         kernel.device_caches.clear()
-    driver._active = was
 
 
 def real(arguments):
@@ -247,6 +256,17 @@ def test_compile_makes_ready_what_a_launch_looks_for(op, h100):
     op_of(op).run(**real(case(problem_of(op, (2, 4), gate_dtype="float32"), [1], device="meta").arguments())
                   | ({"weight": torch.empty(128, dtype=torch.float16)} if op == "gated_norm" else {}))  # fmt: skip
     assert compile_count() == len(variants) + 1
+
+
+def test_what_was_brought_in_is_there_when_the_host_has_moved_the_cache(h100, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda gpu: None)
+    platform, problem = Platform.simulated("sm_90"), problem_of("gated_norm", (2, 4))
+    dispatch._bring_in(op_of("gated_norm"), platform, problem)
+    held = compile_count()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "moved"))
+    dispatch.warm(op_of("gated_norm"), platform, problem)
+    assert compile_count() == held == len(h100) > 0 and not (tmp_path / "moved").exists()
 
 
 def test_every_kernel_of_a_loaded_op_is_counted():

@@ -15,20 +15,19 @@ import logging
 import os
 import platform
 import shutil
-import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from filelock import FileLock
 
 from gdn_plugin import cache as cache_folder
+from gdn_plugin import child
 from gdn_plugin.ops.record import OPS, Op
 from gdn_plugin.registry import Platform, Problem, Variant
 
@@ -202,12 +201,8 @@ def _define(chosen: Level) -> torch.library.Library:
 
 
 def _schema(record: Op) -> str:
-    """The op's `_out` form, hints left out, and `zero_padding`, where there is one, in place of the backend's name."""
-    return (
-        record.without_hints()
-        .schema(out=True)
-        .replace(", str backend)", ", bool zero_padding)" if record.pads else ")")
-    )
+    """The op's `_out` form, without its hints and without the backend's name."""
+    return record.without_hints().schema(out=True).replace(", str backend)", ")")
 
 
 def _find_or_build(chosen: Level) -> None:
@@ -306,13 +301,10 @@ def _build(chosen: Level, folder: Path, unfit: str | None) -> Path:
 
 
 def _compile(chosen: Level, target: Path) -> None:
-    work = target.parent
     objects, link = _commands(chosen, target)
-    with ThreadPoolExecutor(len(objects)) as pool:
-        results = [*pool.map(lambda command: _run(command, work), objects)]
-    for command, result in zip(objects, results, strict=True):
-        _require(command, result, work)
-    _require(link, _run(link, work), work)
+    for commands in (objects, [link]):
+        for command, (status, said) in zip(commands, _run(commands, target.parent), strict=True):
+            _require(command, status, said, target.parent)
 
 
 def _commands(chosen: Level, target: Path) -> tuple[list[list[str]], list[str]]:
@@ -331,22 +323,36 @@ def _commands(chosen: Level, target: Path) -> tuple[list[list[str]], list[str]]:
     return objects, [*compiler(), *own, "-shared", *outputs.values(), "-o", str(target), *libraries]
 
 
-def _run(command: list[str], work: Path) -> subprocess.CompletedProcess[str]:
+def _run(commands: list[list[str]], work: Path) -> list[tuple[int, str]]:
+    """(status, what it printed) of commands that run side by side and end with this process, however that ends."""
     environment = os.environ | {"TMPDIR": str(work)}  # what a killed compiler leaves lies in the work folder too
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, errors="replace", check=False, env=environment,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    except OSError as exc:
-        raise BuildError(f"the C++ compiler {command[0]} cannot be run: {exc.strerror}") from exc
+    with contextlib.ExitStack() as stack:
+        logs = [stack.enter_context(_scratch_file()) for _ in commands]
+        # A thread may wait here that Ctrl-C does not reach, so the compilers must be reached by it.
+        waits = [
+            stack.enter_context(child.started(command, log=log, environment=environment, new_session=False))
+            for command, log in zip(commands, logs, strict=True)
+        ]
+        statuses = [wait(None) for wait in waits]
+        for log in logs:
+            log.seek(0)
+        return [(status, log.read()) for status, log in zip(statuses, logs, strict=True)]
 
 
-def _require(command: list[str], result: subprocess.CompletedProcess[str], work: Path) -> None:
-    if result.returncode == 0:
+def _scratch_file() -> IO[str]:
+    """In memory where the system has that: a compiler that finds the disk full must be able to say so."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("gdn-plugin"), "w+", errors="replace")
+    return tempfile.TemporaryFile("w+", errors="replace")
+
+
+def _require(command: list[str], status: int, said: str, work: Path) -> None:
+    if status == 0:
         return
+    if status == child.CANNOT_START:
+        raise BuildError(f"the C++ compiler {command[0]} cannot be run: {said.strip().rpartition(': ')[2]}")
     room = os.statvfs(work)
     # A linker that maps its output is killed by the kernel and says nothing.
-    if os.strerror(errno.ENOSPC) in result.stderr or room.f_bavail * room.f_frsize < 2**16:
+    if os.strerror(errno.ENOSPC) in said or room.f_bavail * room.f_frsize < 2**16:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    raise BuildError(f"compiling the cpu backend failed\n{' '.join(command)}\n{result.stderr[-4000:]}")
+    raise BuildError(f"compiling the cpu backend failed\n{' '.join(command)}\n{said[-4000:]}")

@@ -20,7 +20,7 @@ from gdn_plugin.registry import BackendOp
 
 def _op(name: str) -> BackendOp:
     record = OPS[name].without_hints()
-    names = [*(argument.name for argument in record.arguments), *(["zero_padding"] if record.pads else [])]
+    names = [argument.name for argument in record.arguments]
     in_order = itemgetter(*names)  # by position, the dispatcher takes them in half the time
 
     def run(**arguments: Any) -> None:

@@ -150,7 +150,7 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     for form, told in forms(problem):
         for batch in sizes(most):
             name = f"decode {problem.dtype} state={problem.state_dtype} B={batch}{form}"
-            yield Variant(name, partial(_compile, told, batch, pool))
+            yield Variant(name, partial(_compile, told, batch, pool), kept=pool is None)
 
 
 def compiled_for_the_pool(problem: Problem) -> bool:

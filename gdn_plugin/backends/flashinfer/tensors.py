@@ -70,8 +70,8 @@ def scratch(problem: Problem, lens: Sequence[int], pool: Tensor | None = None, *
         pool: a state pool to run on.
         features: of the op's maker.
     """
-    features = {"promise": "scratch", "index_stride": 2, "pool_rows": 2} | features
-    given = case(problem, lens, device="meta", **features).arguments(zero_padding=True)
+    laid_out: dict[str, Any] = {"promise": "scratch", "index_stride": 2, "pool_rows": 2}
+    given = case(problem, lens, device="meta", **laid_out | features).arguments(zero_padding=True)
     given = {name: _zeros(x) if isinstance(x, Tensor) else x for name, x in given.items()}
     if "A_log" in given:
         given["A_log"].fill_(-200.0)

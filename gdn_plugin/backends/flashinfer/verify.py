@@ -128,7 +128,7 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
             for given in (False, True) if width == 1 or batch == 1 else (False,):
                 name = f"verify {problem.dtype} state={problem.state_dtype} B={batch} S={width}{form}"
                 name += " start_rows" if given else ""
-                yield Variant(name, partial(_compile, told, batch, given, pool))
+                yield Variant(name, partial(_compile, told, batch, given, pool), kept=pool is None)
 
 
 def _compile(problem: Problem, batch: int, given: bool, pool: Tensor | None) -> None:

@@ -6,14 +6,20 @@ Which block is which is worked out on the device from cu_seqlens: at most cdiv(T
 shapes alone, and the surplus ones exit. The tokens past cu_seqlens[-1] are treated as one padding sequence more, and
 the outputs of padding are zeros; so every element of the outputs is written here and no fill is launched.
 
-A program's tile is [R, D]: R runs of RUN neighbouring tokens, all D channels of a head. It asks for all RUN + W-1 rows
-before it computes anything (many 16-byte loads in flight), then slides along the run: each input is read from memory
-(RUN + W-1) / RUN times, the repeats from cache.
+A program's tile is [R, D]: R runs of neighbouring tokens, all D channels of a head. It slides along the runs, RUN
+tokens a step: asks for the step's RUN rows (16 bytes a thread each) before it computes anything, and carries the W-1
+inputs before them in registers. So each input is read once, but for the W-1 in front of each run.
+
+Cost: T * (2*Hk*K + Hv*V) elements are read and as many written, and T * 2*Hv gates of either kind: 537 MB at T = 16384,
+Hk 16, Hv 32, K = V = 128 in bf16. An output takes W multiply-adds, a SiLU (two of the special functions' slots) and,
+for q and k, its share of a sum: instructions bound this kernel as much as bytes do, so what a program does once (which
+block it is, weights, history) is done for several steps.
 
 How the conv_state update stays free of races: of all the programs that handle a channel, only the one with a sequence's
 first block reads that channel's history, and it alone also writes the new state, whose inputs it reads straight from
 mixed_qkv (which nobody writes). Inside that program a barrier stands between the last read of the history, by any
-thread, and the first write. Rows of `state` are zeroed by the same first-block programs, a value head each.
+thread, and the first write. Rows of `state` are zeroed by the same first-block programs, a value head each. Both are
+done before the tokens: what they need would take registers all along the loop.
 """
 
 # ruff: noqa: RUF005, SIM102 - Triton has no unpacking of tuples, and decides an outer `is not None` when it compiles
@@ -21,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,13 +37,14 @@ from torch import Tensor
 
 from gdn_plugin.backends.triton.configs import Table
 from gdn_plugin.backends.triton.gates import log_decay, round_to, sigmoid, silu
+from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
 from gdn_plugin.backends.triton.variants import KernelVariant, either, variants_of
 from gdn_plugin.registry import BackendOp, Platform, Problem
 
 
 @triton.jit
-def find_block(p_cu_seqlens, i_block, num_sequences, num_tokens, BT: tl.constexpr):
+def find_block(p_cu_seqlens, i_block, num_sequences, num_tokens, BT):
     """Which sequence block i_block belongs to: (sequence, its first token, its length, block within the sequence).
 
     Sequence num_sequences is the tail of padding tokens. A block past the end comes back with a start past its length.
@@ -65,51 +72,44 @@ def find_block(p_cu_seqlens, i_block, num_sequences, num_tokens, BT: tl.constexp
 @triton.jit
 def conv_head(
     p_x, p_weight, p_bias, p_conv_state, p_out, i_channel, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w,
-    stride_out, length, i_block, first_column, num_columns, readable, writable, is_padding,
+    stride_out, length, i_block, room, steps, first_column, num_columns, readable, writable, is_padding,
     D: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, NORM: tl.constexpr, SPECULATIVE: tl.constexpr,
 ):  # fmt: skip
-    """One head of one block. p_x and p_out point at the sequence's first token, p_conv_state at the pool row."""
+    """One head of one block, whose first channel, in the order of conv_weight and conv_state, is i_channel.
+
+    p_x and p_out point at the head in the block's first token, p_conv_state at the pool row; `room` tokens of the
+    sequence are left from there on.
+    """
     o_d = tl.arange(0, D)
     o_c = i_channel + o_d
-    run_start = i_block * (R * RUN) + tl.arange(0, R).to(tl.int64) * RUN  # [R], token within the sequence
+    o_r = tl.arange(0, R) * (steps * RUN)  # [R], first token of each run, counted from the block's first
     p_history = p_conv_state + o_c * stride_cs_c
     keep = W - 1 + first_column  # history column of token -1, plus one
-    # Tuple entry j holds token run_start + j - (W-1) of every run.
-    window = ()
-    for j in tl.static_range(RUN + W - 1):
-        o_t = run_start + (j - (W - 1))
-        b_x = tl.load(
-            p_x + o_t[:, None] * stride_x + o_c[None, :], mask=((o_t >= 0) & (o_t < length))[:, None], other=0.0
-        )
-        if j < W - 1:
-            # Only the first run of a first block starts before the sequence does (RUN >= W-1).
-            b_old = tl.load(
-                p_history + (j - (W - 1) + keep) * stride_cs_w,
-                mask=o_d < tl.where(readable & (i_block == 0), D, 0),  # a scalar flag itself the interpreter rejects
-                other=0.0,
-            )
-            window = window + (tl.where((o_t < 0)[:, None], b_old.to(tl.float32)[None, :], b_x.to(tl.float32)),)
-        else:
-            window = window + (b_x,)
-
+    # Padding: with inputs, weights and bias of 0 everything is 0 without a select an element.
+    seen = tl.where(is_padding, 0, room)
+    m_d = o_d < tl.where(is_padding, 0, D)
     weight = ()
     for i in tl.static_range(W):
-        weight = weight + (tl.load(p_weight + o_c * stride_w_c + i * stride_w_t).to(tl.float32),)
+        b_weight = tl.load(p_weight + o_c * stride_w_c + i * stride_w_t, mask=m_d, other=0.0)
+        weight = weight + (b_weight.to(tl.float32),)
     b_bias = tl.zeros([D], dtype=tl.float32)
     if p_bias is not None:
-        b_bias = tl.load(p_bias + o_c).to(tl.float32)
+        b_bias = tl.load(p_bias + o_c, mask=m_d, other=0.0).to(tl.float32)
 
-    for j in tl.static_range(RUN):
-        b_acc = tl.zeros([R, D], dtype=tl.float32) + b_bias[None, :]
-        for i in tl.static_range(W):
-            b_acc += window[j + i].to(tl.float32) * weight[i][None, :]
-        b_y = round_to(silu(b_acc), p_out.dtype.element_ty)
-        if NORM:
-            b_y = b_y * tl.rsqrt(tl.sum(b_y * b_y, axis=1) + 1e-6)[:, None]
-        b_y = tl.where(is_padding, 0.0, b_y)
-        o_t = run_start + j
-        p_o = p_out + o_t[:, None] * stride_out + o_d[None, :]
-        tl.store(p_o, b_y.to(p_out.dtype.element_ty), mask=(o_t < length)[:, None])
+    p_run = p_x + o_r.to(tl.int64)[:, None] * stride_x + o_d[None, :]
+    p_y = p_out + o_r.to(tl.int64)[:, None] * stride_out + o_d[None, :]
+    before = tl.where((i_block == 0) | is_padding, 0, W - 1)  # inputs in front of the block, as far as they matter
+    window = ()  # the W-1 inputs in front of the next ones of every run
+    for j in tl.static_range(W - 1):
+        o_t = o_r + (j - (W - 1))
+        b_x = tl.load(p_run + (j - (W - 1)) * stride_x, mask=((o_t >= -before) & (o_t < seen))[:, None], other=0.0)
+        # Only the first run of a first block starts before the sequence does.
+        b_old = tl.load(
+            p_history + (j - (W - 1) + keep) * stride_cs_w,
+            mask=o_d < tl.where(readable & (i_block == 0), D, 0),  # a scalar flag itself the interpreter rejects
+            other=0.0,
+        )
+        window = window + (tl.where((o_t < -before)[:, None], b_old.to(tl.float32)[None, :], b_x.to(tl.float32)),)
 
     if writable & (i_block == 0):
         KEPT: tl.constexpr = W - 2 if SPECULATIVE else W - 1
@@ -117,7 +117,7 @@ def conv_head(
         for i in tl.static_range(KEPT):
             # Plain: the last W-1 inputs up to the sequence's end. Speculative: the last W-2 before its first token.
             pos = i - KEPT + (0 * length if SPECULATIVE else length)
-            b_late = tl.load(p_x + pos * stride_x + o_c, mask=o_d < tl.where(pos >= 0, D, 0), other=0.0)
+            b_late = tl.load(p_x + pos * stride_x + o_d, mask=o_d < tl.where(pos >= 0, D, 0), other=0.0)
             b_early = tl.load(
                 p_history + (pos + keep) * stride_cs_w, mask=o_d < tl.where((pos < 0) & readable, D, 0), other=0.0
             )
@@ -128,50 +128,76 @@ def conv_head(
         if SPECULATIVE:
             # Any prefix of these tokens may be accepted by the next step, so all of them stay.
             for i_t in range(tl.minimum(length, num_columns - (W - 2))):
-                b_late = tl.load(p_x + i_t * stride_x + o_c)
+                b_late = tl.load(p_x + i_t * stride_x + o_d)
                 tl.store(p_history + (W - 2 + i_t) * stride_cs_w, b_late.to(p_conv_state.dtype.element_ty))
+
+    for i_s in range(tl.minimum(steps, (room + RUN - 1) // RUN)):
+        inputs = window
+        for j in tl.static_range(RUN):
+            m_t = o_r + (i_s * RUN + j) < seen
+            inputs = inputs + (tl.load(p_run, mask=m_t[:, None], other=0.0).to(tl.float32),)
+            p_run += stride_x
+        for j in tl.static_range(RUN):
+            b_acc = tl.zeros([R, D], dtype=tl.float32) + b_bias[None, :]
+            for w in tl.static_range(W):
+                b_acc += inputs[j + w] * weight[w][None, :]
+            b_y = round_to(silu(b_acc), p_out.dtype.element_ty)
+            if NORM:
+                b_y = b_y * tl.rsqrt(tl.sum(b_y * b_y, axis=1) + 1e-6)[:, None]
+            m_t = o_r + (i_s * RUN + j) < room
+            tl.store(p_y, b_y.to(p_out.dtype.element_ty), mask=m_t[:, None])
+            p_y += stride_out
+        window = inputs[RUN:]
 
 
 @counted
 @triton.jit(
     do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
-                       "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "num_tokens", "num_sequences",
-                       "num_k_heads", "num_v_heads", "num_columns", "null_index", "exp_gate"],
+                       "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h", "stride_indices",
+                       "num_tokens", "num_sequences", "num_k_heads", "num_v_heads", "num_columns", "null_index",
+                       "exp_gate", "steps"],
     do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_cu_seqlens", "p_has_initial",
                                     "p_accepted", "p_bias", "p_weight", "p_conv_state"],
 )  # fmt: skip
 def conv_prologue_kernel(
     p_x, p_weight, p_bias, p_conv_state, p_indices, p_cu_seqlens, p_has_initial, p_accepted, p_a, p_b, p_A_log,
     p_dt_bias, p_state, p_q, p_k, p_v, p_g, p_beta,
-    stride_x, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w, stride_indices, stride_a_t, stride_a_h,
-    stride_b_t, stride_b_h, stride_state,
-    num_tokens, num_sequences, num_k_heads, num_v_heads, num_columns, null_index, exp_gate,
+    stride_x, stride_x_k, stride_x_v, first_k, first_v, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w,
+    stride_indices, stride_a_t, stride_a_k, stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state,
+    num_tokens, num_sequences, num_k_heads, num_v_heads, num_columns, null_index, exp_gate, steps,
     K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, R: tl.constexpr, RUN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    BT: tl.constexpr = R * RUN
+    BT = R * RUN * steps
+    ratio = num_v_heads // num_k_heads
     num_slots = 2 * num_k_heads + num_v_heads + 1
     i_p = tl.program_id(0)
     i_slot = i_p % num_slots
     i_b, start, length, i_block = find_block(p_cu_seqlens, i_p // num_slots, num_sequences, num_tokens, BT)
     if i_block * BT >= length:
         return
+    room = tl.minimum(length - i_block * BT, BT).to(tl.int32)
+    start += i_block * BT  # of the block, from here on
     row = tl.load(p_indices + i_b * stride_indices, mask=i_b < num_sequences, other=null_index).to(tl.int64)
     is_padding = row <= null_index  # the tail of padding tokens is a sequence on a null row
 
     if i_slot == num_slots - 1:
-        o_t = start + i_block * BT + tl.arange(0, BT)
         o_h = tl.arange(0, BH)
-        mask = (o_t < start + length)[:, None] & (o_h < num_v_heads)[None, :]
-        b_a = tl.load(p_a + o_t[:, None] * stride_a_t + o_h[None, :] * stride_a_h, mask=mask, other=0.0)
-        b_b = tl.load(p_b + o_t[:, None] * stride_b_t + o_h[None, :] * stride_b_h, mask=mask, other=0.0)
+        o_a = o_h // ratio * stride_a_k + o_h % ratio * stride_a_h
+        o_b = o_h // ratio * stride_b_k + o_h % ratio * stride_b_h
         A_log = tl.load(p_A_log + o_h, mask=o_h < num_v_heads, other=0.0).to(tl.float32)
         dt_bias = tl.load(p_dt_bias + o_h, mask=o_h < num_v_heads, other=0.0).to(tl.float32)
-        b_g = tl.where(is_padding, 0.0, log_decay(b_a.to(tl.float32), A_log[None, :], dt_bias[None, :]))
-        b_g = tl.where(exp_gate != 0, tl.exp(b_g), b_g)
-        b_beta = tl.where(is_padding, 0.0, sigmoid(b_b.to(tl.float32)))
-        o_out = o_t[:, None] * num_v_heads + o_h[None, :]
-        tl.store(p_g + o_out, b_g, mask=mask)
-        tl.store(p_beta + o_out, b_beta, mask=mask)
+        for i in range(0, room, R * RUN):
+            o_i = i + tl.arange(0, R * RUN)
+            o_t = start + o_i
+            mask = (o_i < room)[:, None] & (o_h < num_v_heads)[None, :]
+            b_a = tl.load(p_a + o_t[:, None] * stride_a_t + o_a[None, :], mask=mask, other=0.0)
+            b_b = tl.load(p_b + o_t[:, None] * stride_b_t + o_b[None, :], mask=mask, other=0.0)
+            b_g = tl.where(is_padding, 0.0, log_decay(b_a.to(tl.float32), A_log[None, :], dt_bias[None, :]))
+            b_g = tl.where(exp_gate != 0, tl.exp(b_g), b_g)
+            b_beta = tl.where(is_padding, 0.0, sigmoid(b_b.to(tl.float32)))
+            o_out = o_t[:, None] * num_v_heads + o_h[None, :]
+            tl.store(p_g + o_out, b_g, mask=mask)
+            tl.store(p_beta + o_out, b_beta, mask=mask)
         return
 
     writable = row > null_index
@@ -188,61 +214,93 @@ def conv_prologue_kernel(
 
     if i_slot < 2 * num_k_heads:
         is_query = i_slot < num_k_heads
-        p_out = tl.where(is_query, p_q, p_k) + (i_slot - tl.where(is_query, 0, num_k_heads)) * K
+        i_hk = i_slot - tl.where(is_query, 0, num_k_heads)
+        p_x += i_hk * stride_x_k + tl.where(is_query, 0, first_k)
+        p_out = tl.where(is_query, p_q, p_k) + i_hk * K
         conv_head(
             p_x, p_weight, p_bias, p_conv_state, p_out + start * (num_k_heads * K), i_slot * K,
             stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads * K,
-            length, i_block, first_column, num_columns, readable, writable, is_padding,
+            length, i_block, room, steps, first_column, num_columns, readable, writable, is_padding,
             K, W, R, RUN, True, p_accepted is not None,
         )  # fmt: skip
     else:
         i_h = i_slot - 2 * num_k_heads
-        conv_head(
-            p_x, p_weight, p_bias, p_conv_state, p_v + start * (num_v_heads * V) + i_h * V,
-            2 * num_k_heads * K + i_h * V, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w,
-            num_v_heads * V, length, i_block, first_column, num_columns, readable, writable, is_padding,
-            V, W, R, RUN, False, p_accepted is not None,
-        )  # fmt: skip
         if p_state is not None:
             if writable & (readable == 0) & (i_block == 0):
                 BZ: tl.constexpr = V * K if V * K < 2048 else 2048
                 p_rows = p_state + row * stride_state + i_h.to(tl.int64) * (V * K) + tl.arange(0, BZ)
                 for i in range(0, V * K, BZ):
                     tl.store(p_rows + i, tl.zeros([BZ], dtype=p_state.dtype.element_ty))
+        p_x += first_v + i_h // ratio * stride_x_v + i_h % ratio * V
+        conv_head(
+            p_x, p_weight, p_bias, p_conv_state, p_v + start * (num_v_heads * V) + i_h * V,
+            2 * num_k_heads * K + i_h * V, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w,
+            num_v_heads * V, length, i_block, room, steps, first_column, num_columns, readable, writable, is_padding,
+            V, W, R, RUN, False, p_accepted is not None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class PrologueConfig:
-    """A program takes runs * run_length tokens of one head: `runs` rows of a tile, each walking `run_length` tokens."""
+    """A step of a program: `runs` rows of a tile, each `run_length` tokens further. A block is one step or several.
+
+    Args:
+        registers: most that a thread may have; None leaves it to the compiler.
+    """
 
     runs: int
     run_length: int
     num_warps: int
+    registers: int | None = None
 
     @property
-    def block_t(self) -> int:
+    def step(self) -> int:
+        """Tokens of a step."""
         return self.runs * self.run_length
 
 
-# (for short sequences, for long ones), by the io dtype. H100 80GB, torch 2.11, triton 3.6, 2026-11-23, Hk 16, Hv 32,
-# K = V = 128, bf16: (4, 8, 4) 130 us at 1x8192, 131 at 8x1024, 37 at 1x2048, where (8, 8, 4) took 158 at 8x1024;
-# (4, 4, 2) 22 us at 64x4. Other dims and GPUs take the same row untimed.
+# (for short sequences, for long ones), by the io dtype. Chosen by what they compile to at K = V = 128 in bf16 (sm_90a,
+# triton 3.6 and 3.9, 2026-11-27; not run): loads and stores of 16 bytes (short: 8), and, an element, in blocks of four
+# steps, 24 instructions for q and k and 18 for v. The kernel before had 44 and 37, blocks of one step and loads of 8
+# bytes: 323 us in an H100's layer at 16384 tokens of Hk 16, Hv 32, where its bytes take 179 and its instructions 184.
+# On sm_90 96 registers, five programs a multiprocessor, spill nothing, and triton 3.6 would take 128; on sm_100 ptxas
+# stops at 96 by itself and spills.
+_SHORT = PrologueConfig(runs=1, run_length=4, num_warps=1)
+_LONG = PrologueConfig(runs=8, run_length=4, num_warps=4)
 CONFIGS: Table[tuple[PrologueConfig, PrologueConfig]] = Table(
     {
-        (0, 0, 0, ""): (
-            PrologueConfig(runs=4, run_length=4, num_warps=2),
-            PrologueConfig(runs=4, run_length=8, num_warps=4),
-        )
+        (0, 0, 0, ""): (_SHORT, _LONG),
+        (90, 128, 128, "bfloat16"): (_SHORT, replace(_LONG, registers=96)),
+        (90, 128, 128, "float16"): (_SHORT, replace(_LONG, registers=96)),
+        (100, 0, 0, ""): (_SHORT, replace(_LONG, registers=168)),
+        (100, 128, 128, ""): (_SHORT, replace(_LONG, registers=128)),
     }
 )
+MAX_STEPS = 4
+PROGRAMS = 2000  # three waves: five programs on each of an H100's 132 multiprocessors
 
 
 def choose_config(
     sm: int, dtype: torch.dtype, head_k_dim: int, head_v_dim: int, num_tokens: int, num_sequences: int
 ) -> PrologueConfig:  # fmt: skip
-    """By the mean length, since lengths are on the device: short blocks where a long one would be mostly empty."""
+    """By the mean length, since lengths are on the device: short steps where a long one would be mostly empty."""
     short, long = CONFIGS.lookup(sm, head_k_dim, head_v_dim, dtype)
-    return short if num_tokens < long.block_t * max(num_sequences, 1) // 2 else long
+    return short if num_tokens < long.step * max(num_sequences, 1) // 2 else long
+
+
+def choose_steps(config: PrologueConfig, num_tokens: int, num_sequences: int, slots: int, width: int) -> int:
+    """Steps of a block: more share the cost of a program, and leave enough programs and blocks that are mostly full.
+
+    A run is never shorter than the convolution's history, which then comes from conv_state for a block's first run
+    alone.
+    """
+    steps = 1
+    while steps < MAX_STEPS:
+        block = 2 * steps * config.step
+        if block * PROGRAMS > num_tokens * slots or 2 * block * num_sequences > num_tokens:
+            break
+        steps *= 2
+    return max(steps, triton.cdiv(width - 1, config.run_length))
 
 
 def run(
@@ -252,7 +310,9 @@ def run(
     exp_gate: bool, null_index: int, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor,
     config: PrologueConfig | None = None,
 ) -> None:  # fmt: skip
-    """Causal conv + SiLU + split + L2 norm + gates of mixed_qkv [T, 2*Hk*K + Hv*V] into q, k, v, g, beta (contiguous).
+    """Causal conv + SiLU + split + L2 norm + gates of mixed_qkv [T, dim] into q, k, v, g, beta (contiguous).
+
+    mixed_qkv, a and b also with interleaved heads: [T, Hk, dim/Hk], [T, Hk, Hv/Hk].
 
     Updates conv_state rows in place and, with `state`, zeroes the rows of sequences without an initial state. Tokens
     past cu_seqlens[-1] and those of padding sequences (index <= null_index) give zeros (g: 1 under exp_gate); rows of
@@ -260,35 +320,35 @@ def run(
 
     Args:
         config: for a tuning script; else the table's.
-    Raises:
-        ValueError: a config whose runs are shorter than the convolution's history.
     """
     num_tokens = mixed_qkv.shape[0]
     num_sequences = cu_seqlens.shape[0] - 1
-    num_v_heads = a.shape[1]
+    num_v_heads = A_log.shape[0]
     width = conv_weight.shape[1]
     config = config or choose_config(
         device_sm(q.device), q.dtype, head_k_dim, head_v_dim, num_tokens, num_sequences
     )  # fmt: skip
-    if config.run_length < width - 1:
-        raise ValueError(f"run_length: expected at least W-1={width - 1}, got {config.run_length}")
     if has_initial_state is None:
         state = None  # no sequence starts fresh
+    slots = 2 * num_k_heads + num_v_heads + 1
+    steps = choose_steps(config, num_tokens, num_sequences, slots, width)
     # With no token nothing is written, not even conv_state.
-    blocks = triton.cdiv(num_tokens, config.block_t) + num_sequences + 1 if num_tokens else 0
+    blocks = triton.cdiv(num_tokens, config.step * steps) + num_sequences + 1 if num_tokens else 0
     launch(
-        conv_prologue_kernel, (blocks * (2 * num_k_heads + num_v_heads + 1),),
+        conv_prologue_kernel, (blocks * slots,),
         p_x=mixed_qkv, p_weight=conv_weight, p_bias=conv_bias, p_conv_state=conv_state, p_indices=state_indices,
         p_cu_seqlens=cu_seqlens, p_has_initial=has_initial_state, p_accepted=num_accepted_tokens, p_a=a, p_b=b,
         p_A_log=A_log, p_dt_bias=dt_bias, p_state=state, p_q=q, p_k=k, p_v=v, p_g=g, p_beta=beta,
-        stride_x=mixed_qkv.stride(0), stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
+        **qkv_strides(mixed_qkv, num_k_heads, num_v_heads, head_k_dim, head_v_dim),
+        **value_strides("a", a, num_k_heads, num_v_heads), **value_strides("b", b, num_k_heads, num_v_heads),
+        stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
         stride_cs_n=conv_state.stride(0), stride_cs_c=conv_state.stride(1), stride_cs_w=conv_state.stride(2),
-        stride_indices=state_indices.stride(0), stride_a_t=a.stride(0), stride_a_h=a.stride(1),
-        stride_b_t=b.stride(0), stride_b_h=b.stride(1), stride_state=0 if state is None else state.stride(0),
+        stride_indices=state_indices.stride(0), stride_state=0 if state is None else state.stride(0),
         num_tokens=num_tokens, num_sequences=num_sequences, num_k_heads=num_k_heads, num_v_heads=num_v_heads,
         num_columns=conv_state.shape[2], null_index=null_index, exp_gate=int(exp_gate),
-        K=head_k_dim, V=head_v_dim, W=width, R=config.runs, RUN=config.run_length,
+        steps=steps, K=head_k_dim, V=head_v_dim, W=width, R=config.runs, RUN=config.run_length,
         BH=triton.next_power_of_2(num_v_heads), num_warps=config.num_warps, num_stages=1,
+        maxnreg=config.registers,
     )  # fmt: skip
 
 
@@ -309,4 +369,4 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     return variants_of(run, calls, platform, problem, pool)
 
 
-CONV_PROLOGUE = BackendOp(run=run, variants=variants, compile_count=compile_count)
+CONV_PROLOGUE = BackendOp(run=run, variants=variants, compile_count=compile_count, interleaved=True)

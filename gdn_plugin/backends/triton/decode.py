@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gdn_plugin.backends.triton.configs import Tile, Tiles
 from gdn_plugin.backends.triton.gates import delta_step, l2_normalise, log_decay, sigmoid
+from gdn_plugin.backends.triton.heads import value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
 from gdn_plugin.backends.triton.variants import KernelVariant, either, variants_of
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -22,14 +23,14 @@ from gdn_plugin.registry import BackendOp, Platform, Problem
 
 @counted
 @triton.jit(
-    do_not_specialize=["stride_a_t", "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "num_v_heads", "ratio",
-                       "null_index", "l2norm", "zero_padding"],
+    do_not_specialize=["stride_a_t", "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h",
+                       "stride_indices", "num_v_heads", "ratio", "null_index", "l2norm", "zero_padding"],
     do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices"],
 )  # fmt: skip
 def decode_kernel(
     p_q, p_k, p_v, p_a, p_b, p_A_log, p_dt_bias, p_state, p_indices, p_out,
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_a_t, stride_a_h, stride_b_t,
-    stride_b_h, stride_state, stride_indices, stride_out_t, stride_out_h,
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_a_t, stride_a_k,
+    stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state, stride_indices, stride_out_t, stride_out_h,
     scale, num_v_heads, ratio, null_index, l2norm, zero_padding,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -39,6 +40,7 @@ def decode_kernel(
     i_h = ((i_p // NV) % num_v_heads).to(tl.int64)
     i_b = (i_p // NV // num_v_heads).to(tl.int64)
     i_hk = ((i_p // NV) % num_v_heads // ratio).to(tl.int64)
+    i_r = i_h - i_hk * ratio  # among the value heads of its key head
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
     p_out += i_b * stride_out_t + i_h * stride_out_h + o_v
@@ -54,8 +56,8 @@ def decode_kernel(
     b_q = tl.load(p_q + i_b * stride_q_t + i_hk * stride_q_h + o_k).to(tl.float32)
     b_k = tl.load(p_k + i_b * stride_k_t + i_hk * stride_k_h + o_k).to(tl.float32)
     b_v = tl.load(p_v + i_b * stride_v_t + i_h * stride_v_h + o_v).to(tl.float32)
-    a = tl.load(p_a + i_b * stride_a_t + i_h * stride_a_h).to(tl.float32)
-    b = tl.load(p_b + i_b * stride_b_t + i_h * stride_b_h).to(tl.float32)
+    a = tl.load(p_a + i_b * stride_a_t + i_hk * stride_a_k + i_r * stride_a_h).to(tl.float32)
+    b = tl.load(p_b + i_b * stride_b_t + i_hk * stride_b_k + i_r * stride_b_h).to(tl.float32)
     A_log = tl.load(p_A_log + i_h).to(tl.float32)
     dt_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
     b_q = l2_normalise(b_q, p_q.dtype.element_ty, l2norm != 0)
@@ -79,7 +81,7 @@ def run(
     state_indices: Tensor, scale: float, use_qk_l2norm: bool, null_index: int, padding: str, out: Tensor,
     zero_padding: bool, config: Tile | None = None,
 ) -> None:  # fmt: skip
-    """One token of every sequence: q, k [B, Hk, K], v and out [B, Hv, V], a and b [B, Hv].
+    """One token of every sequence: q, k [B, Hk, K], v and out [B, Hv, V], a and b [B, Hv] or [B, Hk, Hv/Hk].
 
     The sequences' rows of `state` change in place. A sequence with state_indices <= null_index touches no state,
     whatever `padding` says of it; its row of `out` is zeroed under zero_padding and left otherwise.
@@ -96,8 +98,8 @@ def run(
         p_q=q, p_k=k, p_v=v, p_a=a, p_b=b, p_A_log=A_log, p_dt_bias=dt_bias, p_state=state, p_indices=state_indices,
         p_out=out,
         stride_q_t=q.stride(0), stride_q_h=q.stride(1), stride_k_t=k.stride(0), stride_k_h=k.stride(1),
-        stride_v_t=v.stride(0), stride_v_h=v.stride(1), stride_a_t=a.stride(0), stride_a_h=a.stride(1),
-        stride_b_t=b.stride(0), stride_b_h=b.stride(1), stride_state=state.stride(0),
+        stride_v_t=v.stride(0), stride_v_h=v.stride(1), **value_strides("a", a, num_k_heads, num_v_heads),
+        **value_strides("b", b, num_k_heads, num_v_heads), stride_state=state.stride(0),
         stride_indices=state_indices.stride(0), stride_out_t=out.stride(0), stride_out_h=out.stride(1),
         scale=scale, num_v_heads=num_v_heads, ratio=num_v_heads // num_k_heads, null_index=null_index,
         l2norm=int(use_qk_l2norm), zero_padding=int(zero_padding),
@@ -116,4 +118,4 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     return variants_of(run, calls, platform, problem, pool)
 
 
-DECODE = BackendOp(run=run, variants=variants, compile_count=compile_count)
+DECODE = BackendOp(run=run, variants=variants, compile_count=compile_count, interleaved=True)

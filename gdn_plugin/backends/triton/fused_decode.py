@@ -42,6 +42,7 @@ from gdn_plugin.backends.triton.gates import (
     sigmoid,
     silu,
 )
+from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
 from gdn_plugin.backends.triton.variants import KernelVariant, either, variants_of
 from gdn_plugin.backends.triton.workspace import counters
@@ -52,8 +53,11 @@ from gdn_plugin.registry import BackendOp, Platform, Problem
 def conv_step(
     p_x, p_weight, p_bias, p_conv_state, o_c, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W: tl.constexpr
 ):
-    """Conv and SiLU of channels o_c for one token: (activation rounded to the io dtype, the W-1 newest inputs)."""
-    b_x = tl.load(p_x + o_c)
+    """Conv and SiLU of channels o_c for one token, whose inputs are at p_x.
+
+    Returns (activation rounded to the io dtype, the W-1 newest inputs).
+    """
+    b_x = tl.load(p_x)
     b_acc = b_x.to(tl.float32) * tl.load(p_weight + o_c * stride_w_c + (W - 1) * stride_w_t).to(tl.float32)
     newest = ()
     for i in tl.static_range(W - 1):
@@ -77,7 +81,7 @@ def conv_step_few(
     instead of 111 at B = 64, Hk 16, Hv 32 on H100. BW is W rounded up to a power of two.
     """
     o_w = tl.arange(0, BW)[:, None]
-    b_x = tl.load(p_x + o_c)
+    b_x = tl.load(p_x)
     p_old = p_conv_state + o_c[None, :] * stride_cs_c + o_w * stride_cs_w
     b_old = tl.load(p_old, mask=o_w < W - 1, other=0.0).to(tl.float32)
     b_weight = tl.load(p_weight + o_c[None, :] * stride_w_c + o_w * stride_w_t, mask=o_w < W, other=0.0).to(tl.float32)
@@ -106,16 +110,17 @@ def store_history(p_conv_state, o_c, newest, stride_cs_c, stride_cs_w, W: tl.con
 @counted
 @triton.jit(
     do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
-                       "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "num_k_heads", "null_index",
-                       "is_sigmoid", "zero_padding"],
+                       "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h", "stride_indices",
+                       "num_k_heads", "null_index", "is_sigmoid", "zero_padding"],
     do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_weight", "p_bias",
                                     "p_conv_state", "p_counters"],
 )  # fmt: skip
 def fused_decode_kernel(
     p_x, p_weight, p_bias, p_conv_state, p_a, p_b, p_A_log, p_dt_bias, p_state, p_indices, p_z, p_norm_weight, p_out,
     p_counters,
-    stride_x, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w, stride_a_t, stride_a_h, stride_b_t,
-    stride_b_h, stride_state, stride_indices, stride_z_t, stride_z_h, stride_out_t, stride_out_h,
+    stride_x, stride_x_k, stride_x_v, first_k, first_v, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w,
+    stride_a_t, stride_a_k, stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state, stride_indices, stride_z_t,
+    stride_z_k, stride_z_h, stride_out_t, stride_out_h,
     scale, eps, num_k_heads, null_index, is_sigmoid, zero_padding,
     K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, RATIO: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
@@ -128,6 +133,7 @@ def fused_decode_kernel(
     i_h = ((i_p // NV) % num_v_heads).to(tl.int64)
     i_b = (i_p // NV // num_v_heads).to(tl.int64)
     i_hk = ((i_p // NV) % num_v_heads // RATIO).to(tl.int64)
+    i_r = i_h - i_hk * RATIO  # among the value heads of its key head
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
     p_o = p_out + i_b * stride_out_t + i_h * stride_out_h + o_v
@@ -140,23 +146,25 @@ def fused_decode_kernel(
 
     p_state += row * stride_state + i_h * (V * K) + o_v[:, None] * K + o_k[None, :]
     b_s = tl.load(p_state).to(tl.float32)
-    a = tl.load(p_a + i_b * stride_a_t + i_h * stride_a_h).to(tl.float32)
-    b = tl.load(p_b + i_b * stride_b_t + i_h * stride_b_h).to(tl.float32)
+    a = tl.load(p_a + i_b * stride_a_t + i_hk * stride_a_k + i_r * stride_a_h).to(tl.float32)
+    b = tl.load(p_b + i_b * stride_b_t + i_hk * stride_b_k + i_r * stride_b_h).to(tl.float32)
     A_log = tl.load(p_A_log + i_h).to(tl.float32)
     dt_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
     p_x += i_b * stride_x
     p_conv_state += row * stride_cs_n
+    p_key = p_x + i_hk * stride_x_k + o_k
+    p_value = p_x + first_v + i_hk * stride_x_v + i_r * V + o_v
     c_q = i_hk * K + o_k
     c_k = num_k_heads * K + c_q
     c_v = 2 * num_k_heads * K + i_h * V + o_v
     b_q, new_q = conv_step(
-        p_x, p_weight, p_bias, p_conv_state, c_q, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W
+        p_key, p_weight, p_bias, p_conv_state, c_q, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W
     )
     b_k, new_k = conv_step(
-        p_x, p_weight, p_bias, p_conv_state, c_k, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W
-    )
+        p_key + first_k, p_weight, p_bias, p_conv_state, c_k, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W
+    )  # fmt: skip
     b_v, x_v, old_v = conv_step_few(
-        p_x, p_weight, p_bias, p_conv_state, c_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, BW
+        p_value, p_weight, p_bias, p_conv_state, c_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, BW
     )  # fmt: skip
     b_q = l2_normalise(b_q, p_x.dtype.element_ty)
     b_k = l2_normalise(b_k, p_x.dtype.element_ty)
@@ -164,7 +172,7 @@ def fused_decode_kernel(
 
     if NORM and NV == 1:
         b_o = round_to(b_o, p_x.dtype.element_ty)
-        b_z = tl.load(p_z + i_b * stride_z_t + i_h * stride_z_h + o_v).to(tl.float32)
+        b_z = tl.load(p_z + i_b * stride_z_t + i_hk * stride_z_k + i_r * stride_z_h + o_v).to(tl.float32)
         b_weight = tl.load(p_norm_weight + o_v).to(tl.float32)
         b_y = rms_norm_gated(b_o[None, :], b_z[None, :], b_weight, V, eps, is_sigmoid)
         b_o = tl.reshape(b_y, [V])
@@ -195,7 +203,7 @@ def fused_decode_kernel(
                 p_part = p_out + i_b * stride_out_t + heads[:, None] * stride_out_h + o_f[None, :]
                 # .cg: from L2, where the other programs' stores are
                 b_part = tl.load(p_part, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-                p_gate = p_z + i_b * stride_z_t + heads[:, None] * stride_z_h + o_f[None, :]
+                p_gate = p_z + i_b * stride_z_t + i_hk * stride_z_k + o_r[:, None] * stride_z_h + o_f[None, :]
                 b_z = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
                 b_weight = tl.load(p_norm_weight + o_f).to(tl.float32)
                 b_y = rms_norm_gated(b_part, b_z, b_weight, V, eps, is_sigmoid)
@@ -221,16 +229,16 @@ def run(
     head_v_dim: int, scale: float, z: Tensor | None, norm_weight: Tensor | None, norm_eps: float, gate: str,
     null_index: int, out: Tensor, zero_padding: bool, config: Tile | None = None,
 ) -> None:  # fmt: skip
-    """One token of every sequence from mixed_qkv [B, 2*Hk*K + Hv*V] to out [B, Hv, V].
+    """One token of every sequence from mixed_qkv [B, dim] or [B, Hk, dim/Hk] to out [B, Hv, V].
 
-    Rows of conv_state and state change in place. With z [B, Hv, V] and norm_weight [V], out is RMSNorm(o) * weight *
-    gate(z). Rows with state_indices <= null_index touch no pool; their `out` is zeroed under zero_padding and left
-    otherwise.
+    Rows of conv_state and state change in place. With z [B, Hv, V] or [B, Hk, Hv/Hk, V] and norm_weight [V], out is
+    RMSNorm(o) * weight * gate(z). Rows with state_indices <= null_index touch no pool; their `out` is zeroed under
+    zero_padding and left otherwise.
 
     Args:
         config: for a tuning script; else the table's.
     """
-    batch, num_v_heads = a.shape
+    batch, num_v_heads = a.shape[0], A_log.shape[0]
     ratio = num_v_heads // num_k_heads
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
     block_v = tile.block_v(head_k_dim, head_v_dim)
@@ -242,11 +250,13 @@ def run(
         p_dt_bias=dt_bias, p_state=state, p_indices=state_indices, p_z=z if normed else None,
         p_norm_weight=norm_weight if normed else None, p_out=out,
         p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
-        stride_x=mixed_qkv.stride(0), stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
+        **qkv_strides(mixed_qkv, num_k_heads, num_v_heads, head_k_dim, head_v_dim),
+        **value_strides("a", a, num_k_heads, num_v_heads), **value_strides("b", b, num_k_heads, num_v_heads),
+        **value_strides("z", z if normed else out, num_k_heads, num_v_heads),
+        stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
         stride_cs_n=conv_state.stride(0), stride_cs_c=conv_state.stride(1), stride_cs_w=conv_state.stride(2),
-        stride_a_t=a.stride(0), stride_a_h=a.stride(1), stride_b_t=b.stride(0), stride_b_h=b.stride(1),
-        stride_state=state.stride(0), stride_indices=state_indices.stride(0), stride_z_t=z.stride(0) if normed else 0,
-        stride_z_h=z.stride(1) if normed else 0, stride_out_t=out.stride(0), stride_out_h=out.stride(1),
+        stride_state=state.stride(0), stride_indices=state_indices.stride(0),
+        stride_out_t=out.stride(0), stride_out_h=out.stride(1),
         scale=scale, eps=norm_eps, num_k_heads=num_k_heads, null_index=null_index, is_sigmoid=int(gate == "sigmoid"),
         zero_padding=int(zero_padding),
         K=head_k_dim, V=head_v_dim, W=conv_weight.shape[1], RATIO=ratio, BR=triton.next_power_of_2(ratio), BV=block_v,
@@ -267,4 +277,4 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     return variants_of(run, calls, platform, problem, pool)
 
 
-FUSED_DECODE = BackendOp(run=run, variants=variants, compile_count=compile_count)
+FUSED_DECODE = BackendOp(run=run, variants=variants, compile_count=compile_count, interleaved=True)

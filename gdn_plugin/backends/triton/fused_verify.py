@@ -56,6 +56,7 @@ from gdn_plugin.backends.triton.gates import (
     sigmoid,
     silu,
 )
+from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
 from gdn_plugin.backends.triton.variants import KernelVariant, either, variants_of
 from gdn_plugin.backends.triton.workspace import counters
@@ -98,15 +99,18 @@ def convolve(b_x, window, taps, b_bias, dtype: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def store_history(p_conv_state, p_x, o_c, window, length, stride_x, stride_cs_c, stride_cs_w,
+def store_history(p_conv_state, p_x, o_x, o_c, window, length, stride_x, stride_cs_c, stride_cs_w,
                   W: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """Columns 0..W-3 become the last W-2 inputs of `window`, those behind them the sequence's `length` tokens."""
+    """Columns 0..W-3 become the last W-2 inputs of `window`, those behind them the sequence's `length` tokens.
+
+    o_x: where the inputs of channels o_c are from p_x, the first token, on.
+    """
     for i in tl.static_range(W - 2):
         tl.store(p_conv_state + o_c * stride_cs_c + i * stride_cs_w, window[i + 1].to(p_conv_state.dtype.element_ty))
     p_conv_state += (W - 2) * stride_cs_w
     for i in range(0, length, ROWS):
         o_t = (i + tl.arange(0, ROWS))[:, None]
-        b_x = tl.load(p_x + o_t * stride_x + o_c[None, :], mask=o_t < length, other=0.0)
+        b_x = tl.load(p_x + o_t * stride_x + o_x[None, :], mask=o_t < length, other=0.0)
         p_new = p_conv_state + o_c[None, :] * stride_cs_c + o_t * stride_cs_w
         tl.store(p_new, b_x.to(tl.float32).to(p_conv_state.dtype.element_ty), mask=o_t < length)
 
@@ -114,17 +118,18 @@ def store_history(p_conv_state, p_x, o_c, window, length, stride_x, stride_cs_c,
 @counted
 @triton.jit(
     do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
-                       "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "stride_start", "has_start",
-                       "has_initial", "num_sequences", "num_tokens", "num_slots", "num_k_heads", "null_index",
-                       "is_sigmoid", "zero_padding"],
+                       "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h", "stride_indices",
+                       "stride_start", "has_start", "has_initial", "num_sequences", "num_tokens", "num_slots",
+                       "num_k_heads", "null_index", "is_sigmoid", "zero_padding"],
     do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_accepted", "p_start",
                                     "p_cu_seqlens", "p_initial", "p_weight", "p_bias", "p_conv_state", "p_counters"],
 )  # fmt: skip
 def fused_verify_kernel(
     p_x, p_weight, p_bias, p_conv_state, p_a, p_b, p_A_log, p_dt_bias, p_state, p_indices, p_accepted, p_start,
     p_cu_seqlens, p_initial, p_z, p_norm_weight, p_out, p_counters,
-    stride_x, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w, stride_a_t, stride_a_h, stride_b_t,
-    stride_b_h, stride_state, stride_indices, stride_start, stride_z_t, stride_z_h, stride_out_t, stride_out_h,
+    stride_x, stride_x_k, stride_x_v, first_k, first_v, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w,
+    stride_a_t, stride_a_k, stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state, stride_indices, stride_start,
+    stride_z_t, stride_z_k, stride_z_h, stride_out_t, stride_out_h,
     has_start, has_initial, scale, eps, num_sequences, num_tokens, num_slots, num_k_heads, null_index, is_sigmoid,
     zero_padding,
     K: tl.constexpr, V: tl.constexpr, W: tl.constexpr, RATIO: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr,
@@ -138,6 +143,7 @@ def fused_verify_kernel(
     i_h = ((i_p // NV) % num_v_heads).to(tl.int64)
     i_b = (i_p // NV // num_v_heads).to(tl.int64)
     i_hk = ((i_p // NV) % num_v_heads // RATIO).to(tl.int64)
+    i_r = i_h - i_hk * RATIO  # among the value heads of its key head
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
 
@@ -174,8 +180,8 @@ def fused_verify_kernel(
     A_log = tl.load(p_A_log + i_h).to(tl.float32)
     dt_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
     p_x += start * stride_x
-    p_a += start * stride_a_t + i_h * stride_a_h
-    p_b += start * stride_b_t + i_h * stride_b_h
+    p_a += start * stride_a_t + i_hk * stride_a_k + i_r * stride_a_h
+    p_b += start * stride_b_t + i_hk * stride_b_k + i_r * stride_b_h
     p_indices += i_b * stride_indices
     p_conv_state += first_row * stride_cs_n
     p_history = p_conv_state + first_column * stride_cs_w
@@ -183,34 +189,37 @@ def fused_verify_kernel(
     c_k = num_k_heads * K + c_q
     c_v = 2 * num_k_heads * K + i_h * V + o_v
     readable = tl.where(fresh, 0, 2 * num_k_heads * K + num_v_heads * V)
-    x_q = tl.load(p_x + c_q)
-    x_k = tl.load(p_x + c_k)
-    x_v = tl.load(p_x + c_v)
+    o_xq = i_hk * stride_x_k + o_k
+    o_xk = first_k + o_xq
+    o_xv = first_v + i_hk * stride_x_v + i_r * V + o_v
+    x_q = tl.load(p_x + o_xq)
+    x_k = tl.load(p_x + o_xk)
+    x_v = tl.load(p_x + o_xv)
     a = tl.load(p_a)
     b = tl.load(p_b)
-    taps_q, bias_q, first_q = conv_inputs(
+    taps_q, bias_q, old_q = conv_inputs(
         p_weight, p_bias, p_history, c_q, readable, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W
     )
-    taps_k, bias_k, first_k = conv_inputs(
+    taps_k, bias_k, old_k = conv_inputs(
         p_weight, p_bias, p_history, c_k, readable, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W
     )
-    taps_v, bias_v, first_v = conv_inputs(
+    taps_v, bias_v, old_v = conv_inputs(
         p_weight, p_bias, p_history, c_v, readable, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W
     )
-    window_q, window_k, window_v = first_q, first_k, first_v
+    window_q, window_k, window_v = old_q, old_k, old_v
     target = null_index.to(tl.int64)  # the row of the token before
     for i_t in range(length):
         # The next token's inputs are asked for before anything is stored: the compiler may not move loads above
         # stores, and their latency would otherwise be paid once a token.
         i_next = tl.minimum(i_t + 1, length - 1)
-        x_q_next = tl.load(p_x + i_next * stride_x + c_q)
-        x_k_next = tl.load(p_x + i_next * stride_x + c_k)
-        x_v_next = tl.load(p_x + i_next * stride_x + c_v)
+        x_q_next = tl.load(p_x + i_next * stride_x + o_xq)
+        x_k_next = tl.load(p_x + i_next * stride_x + o_xk)
+        x_v_next = tl.load(p_x + i_next * stride_x + o_xv)
         a_next = tl.load(p_a + i_next * stride_a_t)
         b_next = tl.load(p_b + i_next * stride_b_t)
         target_next = tl.load(p_indices + i_t, mask=i_t < num_slots, other=null_index).to(tl.int64)
         if NORM and NV == 1:
-            b_z = tl.load(p_z + (start + i_t) * stride_z_t + i_h * stride_z_h + o_v).to(tl.float32)
+            b_z = tl.load(p_z + (start + i_t) * stride_z_t + i_hk * stride_z_k + i_r * stride_z_h + o_v)
         if target > null_index:
             tl.store(p_state + target * stride_state + o_s, b_s.to(p_state.dtype.element_ty))
         b_q, window_q = convolve(x_q, window_q, taps_q, bias_q, IO, W)
@@ -222,14 +231,14 @@ def fused_verify_kernel(
         b_s, b_o = delta_step(b_s, b_q, b_k, b_v, decay, sigmoid(b.to(tl.float32)), scale)
         if NORM and NV == 1:
             b_weight = tl.load(p_norm_weight + o_v).to(tl.float32)
-            b_y = rms_norm_gated(round_to(b_o, IO)[None, :], b_z[None, :], b_weight, V, eps, is_sigmoid)
+            b_y = rms_norm_gated(round_to(b_o, IO)[None, :], b_z.to(tl.float32)[None, :], b_weight, V, eps, is_sigmoid)
             b_o = tl.reshape(b_y, [V])
         tl.store(p_out + i_t * stride_out_t + i_h * stride_out_h + o_v, b_o.to(p_out.dtype.element_ty))
         x_q, x_k, x_v, a, b, target = x_q_next, x_k_next, x_v_next, a_next, b_next, target_next
 
     # Every thread of this program has read its history, and its parts of `out` are stored, before anything below.
     tl.debug_barrier()
-    store_history(p_conv_state, p_x, c_v, first_v, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
+    store_history(p_conv_state, p_x, o_xv, c_v, old_v, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
     ticket = NV * RATIO - 1
     if NV * RATIO > 1:
         p_counters += i_b * num_k_heads + i_hk
@@ -248,17 +257,17 @@ def fused_verify_kernel(
             for i in range(0, length * RATIO, ROWS):
                 o_r = i + tl.arange(0, ROWS)  # (token, value head of the group)
                 o_t = (o_r // RATIO)[:, None]
-                heads = (i_hk * RATIO + o_r % RATIO)[:, None]
+                o_h = (o_r % RATIO)[:, None]
                 mask = (o_r < length * RATIO)[:, None]
-                p_gate = p_z + (start + o_t) * stride_z_t + heads * stride_z_h + o_f[None, :]
+                p_gate = p_z + (start + o_t) * stride_z_t + i_hk * stride_z_k + o_h * stride_z_h + o_f[None, :]
                 b_z = tl.load(p_gate, mask=mask, other=0.0)
-                p_part = p_out + o_t * stride_out_t + heads * stride_out_h + o_f[None, :]
+                p_part = p_out + o_t * stride_out_t + (i_hk * RATIO + o_h) * stride_out_h + o_f[None, :]
                 # .cg: from L2, where the other programs' stores are
                 b_part = tl.load(p_part, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
                 b_y = rms_norm_gated(b_part, b_z.to(tl.float32), b_weight, V, eps, is_sigmoid)
                 tl.store(p_part, b_y.to(p_out.dtype.element_ty), mask=mask)
-        store_history(p_conv_state, p_x, c_q, first_q, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
-        store_history(p_conv_state, p_x, c_k, first_k, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
+        store_history(p_conv_state, p_x, o_xq, c_q, old_q, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
+        store_history(p_conv_state, p_x, o_xk, c_k, old_k, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
 
 
 # The tiles of fused_decode, which repeats the convolution of q and k for every tile in the same way; its file has the
@@ -273,7 +282,7 @@ def run(
     start_rows: Tensor | None, scale: float, z: Tensor | None, norm_weight: Tensor | None, norm_eps: float, gate: str,
     null_index: int, out: Tensor, zero_padding: bool, config: Tile | None = None,
 ) -> None:  # fmt: skip
-    """Packed speculative tokens from mixed_qkv [T, 2*Hk*K + Hv*V] to out [T, Hv, V], state_indices [B, S].
+    """Packed speculative tokens from mixed_qkv [T, dim] or [T, Hk, dim/Hk] to out [T, Hv, V], state_indices [B, S].
 
     Sequence i starts from row state_indices[i, n_i - 1], or start_rows[i] where given, and from the columns n_i - 1 on
     of conv_state's row state_indices[i, 0]; its state after token t lands in row state_indices[i, t]. Without an
@@ -284,7 +293,7 @@ def run(
     Args:
         config: for a tuning script; else the table's.
     """
-    num_tokens, num_v_heads = a.shape
+    num_tokens, num_v_heads = a.shape[0], A_log.shape[0]
     batch, num_slots = state_indices.shape
     start = state_indices if start_rows is None else start_rows
     # A pointer of the right type, whose bytes do not matter: one variant of the kernel serves both.
@@ -300,12 +309,13 @@ def run(
         p_cu_seqlens=cu_seqlens, p_initial=initial, p_z=z if normed else None,
         p_norm_weight=norm_weight if normed else None, p_out=out,
         p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
-        stride_x=mixed_qkv.stride(0), stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
+        **qkv_strides(mixed_qkv, num_k_heads, num_v_heads, head_k_dim, head_v_dim),
+        **value_strides("a", a, num_k_heads, num_v_heads), **value_strides("b", b, num_k_heads, num_v_heads),
+        **value_strides("z", z if normed else out, num_k_heads, num_v_heads),
+        stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
         stride_cs_n=conv_state.stride(0), stride_cs_c=conv_state.stride(1), stride_cs_w=conv_state.stride(2),
-        stride_a_t=a.stride(0), stride_a_h=a.stride(1), stride_b_t=b.stride(0), stride_b_h=b.stride(1),
         stride_state=state.stride(0), stride_indices=state_indices.stride(0), stride_start=start.stride(0),
-        stride_z_t=z.stride(0) if normed else 0, stride_z_h=z.stride(1) if normed else 0, stride_out_t=out.stride(0),
-        stride_out_h=out.stride(1), has_start=int(start_rows is not None),
+        stride_out_t=out.stride(0), stride_out_h=out.stride(1), has_start=int(start_rows is not None),
         has_initial=int(has_initial_state is not None), scale=scale, eps=norm_eps, num_sequences=batch,
         num_tokens=num_tokens, num_slots=num_slots, num_k_heads=num_k_heads, null_index=null_index,
         is_sigmoid=int(gate == "sigmoid"), zero_padding=int(zero_padding),
@@ -327,4 +337,4 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     return variants_of(run, calls, platform, problem, pool)
 
 
-FUSED_VERIFY = BackendOp(run=run, variants=variants, compile_count=compile_count)
+FUSED_VERIFY = BackendOp(run=run, variants=variants, compile_count=compile_count, interleaved=True)

@@ -8,8 +8,10 @@ every configuration; each op's `variants` goes through the rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,19 +48,36 @@ class KernelVariant(Variant):
     launch: Launch
 
     def compile_for(self, sm: int) -> Any:
-        """Triton's CompiledKernel for compute capability `sm`, which need not be this machine's."""
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
+        """Triton's CompiledKernel for compute capability `sm`, which need not be this machine's.
 
-        kernel, found = self.launch.kernel, specialised(self.launch)
-        source = ASTSource(
-            kernel,
-            {name: kind for name, (kind, _, _) in found.items()},
-            {name: value for name, (kind, value, _) in found.items() if kind == "constexpr"},
-            {(at,): [["tt.divisibility", 16]] for at, (_, _, divisible) in enumerate(found.values()) if divisible},
+        It comes from Triton's cache on disk, or goes there, under the key by which `compile` finds it on such a device.
+        """
+        with pretended(sm):
+            return self.launch.kernel.warmup(grid=self.launch.grid, **self.launch.arguments)
+
+
+@contextmanager
+def pretended(sm: int) -> Iterator[None]:
+    """Inside, Triton compiles for a device of compute capability `sm` and asks none that is here for anything.
+
+    The launch goes Triton's own way, so that the key on disk is Triton's own, whatever its version makes it of.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    device = f"sm_{sm}"  # what is kept in memory is not a real device's
+    was = dict(vars(driver))
+    driver.set_active(
+        SimpleNamespace(
+            get_current_device=lambda: device,
+            get_current_stream=lambda device: 0,
+            get_current_target=lambda: GPUTarget("cuda", sm, 32),
         )
-        return triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options(self.launch))
+    )
+    try:
+        yield
+    finally:
+        vars(driver).update(was)
 
 
 def compile_here(launch: Launch) -> Any:
@@ -146,7 +165,7 @@ def variants_of(
         label += f" pool={pool.stride(0)}"
     return [
         KernelVariant(f"{launch.kernel.__name__.removesuffix('_kernel')} {label}{tail}", partial(compile_here, launch),
-                      launch)
+                      launch, kept=True)
         for launch, tail in zip(found.values(), _tails(found.values()), strict=True)
     ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gdn_plugin.backends.triton.configs import Tile, Tiles
 from gdn_plugin.backends.triton.gates import delta_step, l2_normalise, log_decay, sigmoid
+from gdn_plugin.backends.triton.heads import value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
 from gdn_plugin.backends.triton.variants import KernelVariant, either, variants_of
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -23,17 +24,18 @@ from gdn_plugin.registry import BackendOp, Platform, Problem
 
 @counted
 @triton.jit(
-    do_not_specialize=["stride_a_t", "stride_a_h", "stride_b_t", "stride_b_h", "stride_indices", "stride_start",
-                       "has_start", "num_sequences", "num_tokens", "num_slots", "num_v_heads", "ratio", "null_index",
-                       "l2norm", "zero_padding"],
+    do_not_specialize=["stride_a_t", "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h",
+                       "stride_indices", "stride_start", "has_start", "num_sequences", "num_tokens", "num_slots",
+                       "num_v_heads", "ratio", "null_index", "l2norm", "zero_padding"],
     do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_accepted", "p_start",
                                     "p_cu_seqlens"],
 )  # fmt: skip
 def verify_kernel(
     p_q, p_k, p_v, p_a, p_b, p_A_log, p_dt_bias, p_state, p_indices, p_accepted, p_start, p_cu_seqlens,
     p_out,
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_a_t, stride_a_h, stride_b_t,
-    stride_b_h, stride_state, stride_indices, stride_start, stride_out_t, stride_out_h,
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_a_t, stride_a_k,
+    stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state, stride_indices, stride_start, stride_out_t,
+    stride_out_h,
     has_start, scale, num_sequences, num_tokens, num_slots, num_v_heads, ratio, null_index, l2norm,
     zero_padding,
     K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
@@ -44,6 +46,7 @@ def verify_kernel(
     i_h = ((i_p // NV) % num_v_heads).to(tl.int64)
     i_b = (i_p // NV // num_v_heads).to(tl.int64)
     i_hk = ((i_p // NV) % num_v_heads // ratio).to(tl.int64)
+    i_r = i_h - i_hk * ratio  # among the value heads of its key head
     o_k = tl.arange(0, K)
     o_v = i_v * BV + tl.arange(0, BV)
     p_out += i_h * stride_out_h + o_v
@@ -71,8 +74,8 @@ def verify_kernel(
     p_q += i_hk * stride_q_h + o_k
     p_k += i_hk * stride_k_h + o_k
     p_v += i_h * stride_v_h + o_v
-    p_a += i_h * stride_a_h
-    p_b += i_h * stride_b_h
+    p_a += i_hk * stride_a_k + i_r * stride_a_h
+    p_b += i_hk * stride_b_k + i_r * stride_b_h
     b_q = tl.load(p_q + start * stride_q_t)
     b_k = tl.load(p_k + start * stride_k_t)
     b_v = tl.load(p_v + start * stride_v_t)
@@ -128,8 +131,8 @@ def run(
         p_q=q, p_k=k, p_v=v, p_a=a, p_b=b, p_A_log=A_log, p_dt_bias=dt_bias, p_state=state, p_indices=state_indices,
         p_accepted=num_accepted_tokens, p_start=start, p_cu_seqlens=cu_seqlens, p_out=out,
         stride_q_t=q.stride(0), stride_q_h=q.stride(1), stride_k_t=k.stride(0), stride_k_h=k.stride(1),
-        stride_v_t=v.stride(0), stride_v_h=v.stride(1), stride_a_t=a.stride(0), stride_a_h=a.stride(1),
-        stride_b_t=b.stride(0), stride_b_h=b.stride(1), stride_state=state.stride(0),
+        stride_v_t=v.stride(0), stride_v_h=v.stride(1), **value_strides("a", a, num_k_heads, num_v_heads),
+        **value_strides("b", b, num_k_heads, num_v_heads), stride_state=state.stride(0),
         stride_indices=state_indices.stride(0), stride_start=start.stride(0), stride_out_t=out.stride(0),
         stride_out_h=out.stride(1), has_start=int(start_rows is not None), scale=scale, num_sequences=batch,
         num_tokens=num_tokens, num_slots=state_indices.shape[1], num_v_heads=num_v_heads,
@@ -150,4 +153,4 @@ def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -
     return variants_of(run, calls, platform, problem, pool)
 
 
-VERIFY = BackendOp(run=run, variants=variants, compile_count=compile_count)
+VERIFY = BackendOp(run=run, variants=variants, compile_count=compile_count, interleaved=True)

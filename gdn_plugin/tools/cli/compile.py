@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
-from gdn_plugin.registry import DTYPES, OPS
+from gdn_plugin.registry import DTYPES, OPS, PHASES
 from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli.problem import heads, pair
-from gdn_plugin.tools.cli.values import as_json, count, folder
+from gdn_plugin.tools.cli.values import BadArguments, as_json, count, folder
 from gdn_plugin.tools.compile import BACKENDS, SMS, Row
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sm", type=int, required=True, choices=SMS, help="compute capability, such as 90 for H100")
-    parser.add_argument("--backend", choices=BACKENDS, help="only this one")
+    parser.add_argument("--sm", type=int, choices=SMS, help="compute capability, such as 90 for H100")
+    parser.add_argument("--backend", choices=BACKENDS, help="only this one; cpu: for this machine, without --sm")
     parser.add_argument(
         "--cache", type=folder, metavar="DIR", help="keep what is compiled here; by default nothing is kept"
     )
@@ -32,15 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dims", type=pair, metavar="K,V", help="only these head dims")
     group.add_argument("--dtype", choices=DTYPES[:3], help="only this io dtype")
     group.add_argument("--state-dtype", choices=DTYPES[:3], help="only this dtype of the state")
+    image = parser.add_argument_group("what an engine compiles when it starts, to fill an image's caches with --cache")
+    image.add_argument("--model", type=layer_of_model, metavar="DIR", help="the model's folder (its config.json)")
+    image.add_argument("--tp", type=count, default=1, metavar="N", help="ranks that share its heads (1)")
+    image.add_argument("--speculative", type=count, metavar="N", help="drafts a step; also without any")
 
 
 def run(args: argparse.Namespace) -> int:
     # Under it Triton makes interpreted functions, which cannot be compiled; it is read when Triton is imported.
     os.environ.pop("TRITON_INTERPRET", None)
+    if args.backend != "cpu" and args.sm is None:
+        raise BadArguments("--sm says for which GPU; only --backend cpu goes without")
+    if args.model is not None and args.cache is None:
+        raise BadArguments("--model fills caches, and --cache says where")
+    shapes = _shapes(args)
+    if args.cache is not None:
+        os.environ |= caches(args.cache)
     rows: list[Row] = []
+    if args.backend == "cpu":
+        return _cpu(args, shapes)
     if not args.json:
         print(f"{'seconds':>7} {'regs':>5} {'spills':>6} {'shared':>7}  kernel, for sm_{args.sm}", flush=True)
-    for row in _rows(args):
+    for row in _rows(args, shapes):
         rows.append(row)
         if not args.json:
             print(_line(row), flush=True)
@@ -50,14 +66,135 @@ def run(args: argparse.Namespace) -> int:
     else:
         spilling = sum(1 for row in rows if row.spills)
         print(f"{len(rows) - len(failed)} of {len(rows)} compiled, {spilling} with spills")
-        if args.cache and any(row.backend == "flashinfer" for row in rows):
-            print(f"FlashInfer finds its kernels with FLASHINFER_WORKSPACE_BASE={os.path.abspath(args.cache)}")
+        if args.cache:
+            _tell(args.cache)
     if not rows:
         print("gdn-plugin compile: nothing to compile for these arguments", file=sys.stderr)
+    if shapes and not failed:
+        _check_here(args.sm, shapes)
     return 1 if failed or not rows else 0
 
 
-def _rows(args: argparse.Namespace) -> Iterator[Row]:
+def layer_of_model(text: str) -> dict[str, Any]:
+    """argparse type: what a model's config.json says of its GDN layers, as `Shape` names it."""
+    try:
+        config = json.loads(Path(text, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise argparse.ArgumentTypeError(f"{text}: no config.json that can be read there") from exc
+    config = config.get("text_config", config)
+    try:
+        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+        return {
+            "dtype": dtype,
+            "state_dtype": config.get("mamba_ssm_dtype") or dtype,
+            "num_k_heads": int(config["linear_num_key_heads"]),
+            "num_v_heads": int(config["linear_num_value_heads"]),
+            "head_k_dim": int(config["linear_key_head_dim"]),
+            "head_v_dim": int(config["linear_value_head_dim"]),
+            "conv_width": int(config["linear_conv_kernel_dim"]),
+        }
+    except KeyError as exc:
+        raise argparse.ArgumentTypeError(f"{text}: its config.json has no {exc.args[0]}, so no GDN layers") from exc
+
+
+def caches(folder: Path) -> dict[str, str]:
+    """The variables by which compilers find the caches in a folder."""
+    top = Path(os.path.abspath(folder))
+    return {
+        "TRITON_CACHE_DIR": str(compilation.triton_cache(top)),
+        "FLASHINFER_WORKSPACE_BASE": str(top),
+        "GDN_PLUGIN_CACHE": str(top / "gdn-plugin"),
+    }
+
+
+def _tell(folder: Path) -> None:
+    print("whatever runs with these variables finds them:")
+    for name, value in caches(folder).items():
+        print(f"  {name}={value}")
+
+
+def _shapes(args: argparse.Namespace) -> list[Any]:
+    """The layer as an engine has it: with prefix cache or drafts and without, dt_bias in either dtype."""
+    if args.model is None:
+        return []
+    from gdn_plugin.hosts.core import Shape
+
+    layer = args.model | ({"dtype": args.dtype} if args.dtype else {})
+    if args.state_dtype:
+        layer["state_dtype"] = args.state_dtype
+    for name in ("num_k_heads", "num_v_heads"):
+        if layer[name] % args.tp:
+            raise BadArguments(f"--tp {args.tp}: {layer[name]} heads do not divide by it")
+        layer[name] //= args.tp
+    drafts = (0, args.speculative + 1) if args.speculative else (0,)
+    return [
+        Shape(**layer, spec_tokens=tokens, checkpoints=checkpoints, bias_dtype=bias, null_index=0, padding="scratch")
+        for bias in dict.fromkeys((layer["dtype"], "float32"))  # of dt_bias: models keep it in either
+        for tokens in drafts
+        for checkpoints in (False, True)
+    ]
+
+
+def _engine_rows(args: argparse.Namespace, shapes: Sequence[Any]) -> Iterator[Row]:
+    """What engines with these shapes have compiled ahead; that it was done is remembered for them."""
+    import torch
+
+    from gdn_plugin.ops import ahead
+    from gdn_plugin.registry import Platform, select
+    from gdn_plugin.registry.probe import installed_packages
+
+    usual = Platform.simulated(f"sm_{args.sm}", sm_count=args.sm_count)
+    platform = replace(usual, packages=installed_packages(), cuda=torch.version.cuda or usual.cuda)
+    asked = dict.fromkeys(PHASES, args.backend or "auto")
+    wanted = [ahead.jobs_of(select(platform, shape.problems(), asked).choices.values(), platform) for shape in shapes]
+    artifacts: dict[ahead.Job, str] = {}
+    every = dict.fromkeys(job for jobs in wanted for job in jobs if not args.op or job[1].op in args.op)
+    for job, row in compilation.compile_jobs(platform, list(every), args.workers or ahead.usable_processes()):
+        if not row.error:
+            artifacts[job] = row.artifact
+        yield row
+    for jobs in wanted:
+        with ahead.one_at_a_time(jobs, platform) as kept:
+            if kept is not None and artifacts.keys() >= set(jobs):
+                ahead.remember(kept, [artifacts[job] for job in jobs])
+
+
+def _check_here(sm: int, shapes: Sequence[Any]) -> None:
+    """Self-checks, whose verdicts are kept: they need the GPU."""
+    from gdn_plugin import ops
+    from gdn_plugin.registry import probe
+
+    if probe().sm == sm:
+        for shape in shapes:
+            ops.resolve(shape.problems())
+    else:
+        print(f"no SM {sm} GPU is here: self-checks are left to the first start on one", file=sys.stderr)
+
+
+def _cpu(args: argparse.Namespace, shapes: Sequence[Any]) -> int:
+    """The library for this machine, and the verdicts of its self-checks."""
+    from gdn_plugin import ops
+    from gdn_plugin.ops.dispatch import backend_op
+    from gdn_plugin.registry import Problem
+
+    (Hk, Hv), (K, V) = args.heads, args.dims or (128, 128)
+    usual = Problem("decode", args.dtype or "bfloat16", args.state_dtype or "float32", Hk, Hv, K, V)
+    for problems in [shape.problems() for shape in shapes] or [{"decode": usual}]:
+        ops.resolve(problems, dict.fromkeys(PHASES, "cpu"), device="cpu")
+    made = backend_op("decode", "cpu").compile_count()
+    if args.json:
+        print(as_json({"cpu_libraries_compiled": made}))
+        return 0
+    print("the cpu library was compiled" if made else "the cpu library was there already")
+    if args.cache:
+        _tell(args.cache)
+    return 0
+
+
+def _rows(args: argparse.Namespace, shapes: Sequence[Any]) -> Iterator[Row]:
+    if shapes:
+        yield from _engine_rows(args, shapes)
+        return
     if args.backend in (None, "triton"):
         wanted = [
             problem

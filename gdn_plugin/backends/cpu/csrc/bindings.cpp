@@ -1,5 +1,5 @@
 // The ops as PyTorch's dispatcher calls them: tensors, in the order of the ops' records (gdn_plugin/ops/record.py), hints
-// left out and `zero_padding` last, put into the structs of arguments.h. Schemas are made from the records when the library is
+// left out, put into the structs of arguments.h. Schemas are made from the records when the library is
 // loaded, and a function here that does not fit its schema is refused then.
 //
 // Shapes, dtypes and layouts have been checked by the public ops. What could make a kernel read or write outside of a
@@ -122,7 +122,7 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
              const Tensor& state, const Tensor& state_indices, const Tensor& cu_seqlens,
              const Optional& has_initial_state, double scale, bool use_qk_l2norm, bool exp_gate, int64_t null_index,
              const Optional& checkpoints, const Optional& checkpoint_cu_starts, int64_t checkpoint_every,
-             const Tensor& out, bool zero_padding) {
+             bool zero_padding, const Tensor& out) {
   const PrefillArguments p{sizes(q, v, cu_seqlens.size(0) - 1),
                            rows("q", q),
                            rows("k", k),
@@ -147,7 +147,7 @@ void prefill(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& g,
 
 void decode(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b, const Tensor& A_log,
             const Tensor& dt_bias, const Tensor& state, const Tensor& state_indices, double scale, bool use_qk_l2norm,
-            int64_t null_index, const Tensor& out, bool zero_padding) {
+            int64_t null_index, bool zero_padding, const Tensor& out) {
   const DecodeArguments p{sizes(q, v, q.size(0)),
                           rows("q", q),
                           rows("k", k),
@@ -167,7 +167,7 @@ void fused_decode(const Tensor& mixed_qkv, const Tensor& conv_weight, const Opti
                   const Tensor& conv_state, const Tensor& a, const Tensor& b, const Tensor& A_log,
                   const Tensor& dt_bias, const Tensor& state, const Tensor& state_indices, int64_t num_k_heads,
                   int64_t head_k_dim, int64_t head_v_dim, double scale, const Optional& z, const Optional& norm_weight,
-                  double norm_eps, std::string_view gate, int64_t null_index, const Tensor& out, bool zero_padding) {
+                  double norm_eps, std::string_view gate, int64_t null_index, bool zero_padding, const Tensor& out) {
   const int64_t sequences = mixed_qkv.size(0);
   const bool with_norm = z && norm_weight;
   const FusedDecodeArguments p{{sequences, sequences, num_k_heads, a.size(1), head_k_dim, head_v_dim},
@@ -189,7 +189,7 @@ void fused_decode(const Tensor& mixed_qkv, const Tensor& conv_weight, const Opti
 void verify(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& a, const Tensor& b, const Tensor& A_log,
             const Tensor& dt_bias, const Tensor& state, const Tensor& state_indices, const Tensor& num_accepted_tokens,
             const Tensor& cu_seqlens, const Optional& start_rows, double scale, bool use_qk_l2norm, int64_t null_index,
-            const Tensor& out, bool zero_padding) {
+            bool zero_padding, const Tensor& out) {
   const VerifyArguments p{sizes(q, v, state_indices.size(0)),
                           rows("q", q),
                           rows("k", k),

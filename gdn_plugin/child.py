@@ -18,13 +18,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _POLL_S = 0.1
+CANNOT_START = 127  # what shells return
+TimeoutExpired = subprocess.TimeoutExpired
 
 
 def run(
@@ -39,6 +41,23 @@ def run(
     Raises:
         subprocess.TimeoutExpired: it took longer.
     """
+    with started(command, log=log, environment=environment) as wait_for:
+        return wait_for(timeout)
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], *, log: IO[str], environment: Mapping[str, str] | None = None, new_session: bool = True
+) -> Iterator[Callable[[float | None], int]]:
+    """A command that runs beside the block, and of which nothing is left behind it. Yields wait(timeout) -> status.
+
+    A command that cannot be started says why in the log and has status 127, as in a shell.
+
+    Args:
+        log, environment: see `run`.
+        new_session: out of the reach of the terminal's Ctrl-C, which then ends the block alone. False where a thread
+            waits that no Ctrl-C reaches; the system must be Linux for it, elsewhere it is the same as True.
+    """
     theirs, ours = os.pipe()
     try:
         keeper = subprocess.Popen(
@@ -48,19 +67,23 @@ def run(
             stdout=log,
             stderr=subprocess.STDOUT,
             pass_fds=(theirs,),
-            start_new_session=True,  # Ctrl-C reaches the starter alone, which then lets go
+            start_new_session=new_session or sys.platform != "linux",
         )
     except BaseException:  # Ctrl-C too: the pipe must not stay open
         os.close(ours)
         raise
     finally:
         os.close(theirs)
-    try:
+
+    def wait_for(timeout: float | None = None) -> int:
         status = keeper.wait(timeout)
+        return 128 - status if status > 128 else status
+
+    try:
+        yield wait_for
     finally:
         os.close(ours)
         keeper.wait()
-    return 128 - status if status > 128 else status
 
 
 def end_with_parent() -> None:
@@ -75,7 +98,13 @@ def _keep(pipe: int, command: Sequence[str]) -> int:
     if sys.platform == "linux":
         # Processes that lose their parent become the keeper's children, also those that have left its session.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    process = subprocess.Popen(command)
+    # A keeper ends when it is let go. With a handler, and not ignored, since that the command would inherit.
+    signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        process = subprocess.Popen(command)
+    except OSError as exc:
+        print(f"{command[0]}: {exc.strerror}", file=sys.stderr, flush=True)
+        return CANNOT_START
     while process.poll() is None:
         if select.select([pipe], [], [], _POLL_S)[0]:
             break  # nobody ever writes to it: readable means closed

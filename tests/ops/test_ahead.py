@@ -1,0 +1,140 @@
+"""Kernels compiled ahead by other processes: what is asked of them, and that nothing of theirs stops this one."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from gdn_plugin.ops import ahead
+from gdn_plugin.registry import BackendOp, Platform, Problem, Variant
+
+H100 = Platform.simulated("sm_90")
+PROBLEM = Problem("decode", "bfloat16", "float32", 2, 4, 64, 64)
+VARIANTS = [
+    Variant("one", lambda: None, kept=True),
+    Variant("two", lambda: None, kept=True),
+    Variant("here", lambda: None),
+]
+
+
+@pytest.fixture
+def choices(monkeypatch, tmp_path):
+    """One choice, of a backend with two kernels that others can compile and one that they cannot."""
+    monkeypatch.setenv("GDN_PLUGIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(ahead, "_asked", set())
+    monkeypatch.setattr(ahead, "totals", ahead.Totals())
+    monkeypatch.setattr(ahead, "load", lambda row: BackendOp(lambda **_: None, variants=lambda *_: VARIANTS))
+    return [SimpleNamespace(name="mine", backend="row", problem=PROBLEM)]
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    """Stands for the compiling processes; `orders` are what they were asked, `rows` what they say."""
+    told = SimpleNamespace(orders=[], environments=[], rows=[])
+    for name in ("one", "two"):
+        artifact = tmp_path / name
+        artifact.touch()
+        told.rows.append({"name": name, "seconds": 1.0, "cached": False, "artifact": str(artifact), "error": ""})
+
+    def run(command, *, log, environment, timeout):
+        told.orders.append(pickle.loads(Path(command[-1]).read_bytes()))
+        told.environments.append(environment)
+        log.write("a warning of somebody's\n" + "".join(json.dumps(row) + "\n" for row in told.rows))
+        return 0
+
+    monkeypatch.setattr(ahead.child, "run", run)
+    return told
+
+
+def test_what_is_kept_is_compiled_by_others_once(choices, compiler):
+    for _ in range(3):  # layers of one shape
+        ahead.compile_ahead(choices, H100, 2)
+    ((platform, count, jobs),) = compiler.orders
+    assert (platform, count) == (H100, 2)
+    assert jobs == [("mine", PROBLEM, "one"), ("mine", PROBLEM, "two")]
+    assert (ahead.totals.made, ahead.totals.found) == (2, 0)
+    assert compiler.environments[0]["CUDA_VISIBLE_DEVICES"] == "", "no context on anybody's device"
+
+
+def test_another_process_is_not_told_to_compile_it_again_unless_it_is_gone(choices, compiler, tmp_path):
+    for more in (0, 0, 1):
+        ahead._asked.clear()  # as in a fresh process
+        ahead.compile_ahead(choices, H100, 2)
+        assert len(compiler.orders) == 1 + more
+        if len(compiler.orders) == 1 and ahead.totals.found:
+            (tmp_path / "two").unlink()
+    assert (ahead.totals.made, ahead.totals.found) == (4, 2)
+
+
+def test_a_kernel_that_failed_is_told_and_left_to_this_process(choices, compiler, caplog):
+    compiler.rows[1]["error"] = "CompilationError: no"
+    for _ in range(2):
+        ahead._asked.clear()
+        ahead.compile_ahead(choices, H100, 2)
+    assert caplog.text.count("two was not compiled ahead: CompilationError: no") == 1 and len(compiler.orders) == 1
+
+
+def test_an_images_folder_may_be_one_that_can_only_be_read(choices, compiler, monkeypatch):
+    ahead.compile_ahead(choices, H100, 2)
+    ahead._asked.clear()
+
+    def read_only(*parts):
+        raise ahead.cache.CacheError("it cannot be written to")
+
+    monkeypatch.setattr(ahead.cache, "folder", read_only)
+    ahead.compile_ahead(choices, H100, 2)
+    assert len(compiler.orders) == 1 and ahead.totals.found == 2
+
+
+def test_processes_that_did_not_get_to_the_end_are_asked_again(choices, compiler):
+    del compiler.rows[1]
+    for _ in range(2):
+        ahead._asked.clear()
+        ahead.compile_ahead(choices, H100, 2)
+    assert len(compiler.orders) == 2
+
+
+@pytest.mark.parametrize("platform, processes", [(Platform.simulated("cpu"), 4), (H100, 1)], ids=["cpu", "one core"])
+def test_where_it_would_not_pay_nothing_is_started(choices, compiler, platform, processes):
+    ahead.compile_ahead(choices, platform, processes)
+    assert compiler.orders == []
+
+
+@pytest.mark.parametrize("module", ["gdn_plugin.absent", "gdn_plugin.settings"], ids=["failing", "silent"])
+def test_processes_that_end_early_are_no_trouble(choices, monkeypatch, caplog, module):
+    monkeypatch.setattr(ahead, "COMPILER", module)
+    ahead.compile_ahead(choices, H100, 2)
+    assert "kernels are compiled in this process: RuntimeError: the compiling processes ended early" in caplog.text
+
+
+def test_neither_is_a_machine_that_cannot_start_any(choices, monkeypatch, caplog):
+    def no_memory(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(ahead.child, "run", no_memory)
+    ahead.compile_ahead(choices, H100, 2)
+    assert "compiled in this process" in caplog.text and "Cannot allocate memory" in caplog.text
+
+
+def test_a_backend_that_cannot_be_asked_is_left_out(choices, compiler, monkeypatch):
+    def broken(row):
+        raise ImportError("no such thing")
+
+    monkeypatch.setattr(ahead, "load", broken)
+    ahead.compile_ahead(choices, H100, 2)
+    assert compiler.orders == []
+
+
+def test_how_many_processes(monkeypatch):
+    monkeypatch.setattr(ahead.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    monkeypatch.setenv("MAX_JOBS", "1")
+    assert ahead.usable_processes() == 1
+    monkeypatch.delenv("MAX_JOBS")
+    monkeypatch.setattr(ahead, "BYTES_A_PROCESS", 1 << 60)
+    assert ahead.usable_processes() == 1, "memory is a limit"
+    monkeypatch.setattr(ahead, "BYTES_A_PROCESS", 1)
+    assert ahead.usable_processes() == 64

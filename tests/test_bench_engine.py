@@ -1,0 +1,170 @@
+"""`bench --engine`: numbers before times, what is kept of a run cut short, and one real run on this CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gdn_plugin.tools import models
+from gdn_plugin.tools.bench import engine, rounds
+from gdn_plugin.tools.cli import main
+
+ROOT = Path(__file__).parents[1]
+OURS = "gdn_plugin.hosts.vllm.layer.GdnPluginAttention"
+STOCKS = "vllm.model_executor.layers.mamba.gdn.QwenGatedDeltaNetAttention"
+
+
+def said(tokens, prompt=(-1.0, -2.0), near=0.1):
+    """An answer whose every token has one alternative, token 99, that is `near` it."""
+    return {"tokens": tokens, "logprobs": [{token: -0.5, 99: -0.5 - near} for token in tokens], "prompt": list(prompt)}
+
+
+class TestAgreement:
+    def test_the_same(self):
+        found = rounds.compare([said([1, 2])], [said([1, 2])])
+        assert found.ok and (found.difference, found.same, found.tokens, found.worst_tie) == (0.0, 2, 2, 0.0)
+
+    def test_another_prompt(self):
+        assert not rounds.compare([said([1, 2])], [said([1, 2], prompt=(-1.0, -2.5))]).ok
+
+    def test_answers_may_part_at_a_tie_alone(self):
+        for near, ok in ((0.1, True), (1.0, False)):
+            found = rounds.compare([said([1, 2, 3], near=near)], [said([1, 99, 5])])
+            assert found.ok == ok and found.same == 1 and found.worst_tie == pytest.approx(near)
+        assert not rounds.compare([said([1, 2, 3])], [said([1, 7, 5])]).ok, "a token that stock does not name"
+
+    def test_nan_is_no_agreement(self):
+        assert not rounds.compare([said([1])], [said([1], prompt=(float("nan"), -2.0))]).ok
+
+    def test_what_stock_differs_by_from_itself_is_allowed_twice(self):
+        other = [said([1, 2], prompt=(-1.1, -2.1))]
+        assert not rounds.compare([said([1, 2])], other).ok and rounds.compare([said([1, 2])], other, noise=0.04).ok
+
+    def test_it_goes_through_json(self):
+        """Between processes the numbers of tokens become words."""
+        stock = json.loads(json.dumps([said([1, 2])]))
+        assert rounds.compare(stock, [said([1, 99])]).ok
+
+
+def test_what_both_launch_alike_is_the_hosts():
+    stock = {"gemm": [4.0, 100.0], "copy": [3.0, 9.0], "conv": [1.0, 50.0]}
+    plugin = {"gemm": [4.0, 101.0], "copy": [1.0, 3.0], "fused": [1.0, 20.0]}
+    a, b, shared = rounds.own_kernels(stock, plugin)
+    assert (list(a), list(b), shared) == (["copy", "conv"], ["copy", "fused"], 100.0)
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Stands for the engines' processes; `fake.jobs` are what they were asked."""
+
+    class Fake:
+        jobs: list = []  # noqa: RUF012
+        fails = agrees = interrupts = None
+
+        def __call__(self, job, folder, environment, *, hub):
+            stock = environment["GDN_PLUGIN_DISABLE"] == "1"
+            name = "stock" if stock else "plugin"
+            self.jobs.append((name, job))
+            if self.interrupts == name:
+                raise KeyboardInterrupt
+            if self.fails == name:
+                raise RuntimeError("ValueError: no")
+            found = {"layers": [STOCKS if stock else OURS], "startup_s": 9.0}
+            if job["bench"].get("expected"):
+                found["check"] = {"ok": self.agrees is not False, "difference": 0.5, "limit": 0.03, "same": 3,
+                                  "tokens": 4, "worst_tie": 0.0}  # fmt: skip
+                if self.agrees is False:
+                    return found
+            else:
+                found |= {"said": [said([1])], "noise": 0.0}
+            seconds = {name: [2.0, 1.0, 3.0] if stock else [1.0, 0.5, 2.0] for name in job["bench"]["rounds"]}
+            return found | {"seconds": seconds, "compiled": [None, None] if stock else [4, 4]}
+
+    fake = Fake()
+    fake.jobs = []
+    monkeypatch.setattr(engine, "_run", fake)
+    return fake
+
+
+def test_in_turn_and_with_ratios(engines, tmp_path, capsys):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    out = tmp_path / "engine.json"
+    assert main(["bench", "--engine", "--rounds", "prefill,ngram", "--turns", "2", "--json", str(out)]) == 0
+    assert [name for name, _ in engines.jobs] == ["stock", "plugin"] * 4
+    assert [list(job["bench"]["rounds"]) for _, job in engines.jobs] == [["prefill"]] * 4 + [["ngram"]] * 4
+    assert ["speculative_config" in job["llm"] for _, job in engines.jobs] == [False] * 4 + [True] * 4
+    data = json.loads(out.read_text())
+    assert [(row["round"], row["ratio"]) for row in data["summary"]] == [("prefill", 2.0), ("ngram", 2.0)]
+    shown = capsys.readouterr().out
+    assert "stock / plugin" in shown and "kernels compiled while serving: 0" in shown and "not on a CPU" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("how", ["disagrees", "fails"])
+def test_a_plugin_that_is_wrong_has_no_times(engines, tmp_path, capsys, how):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    engines.agrees, engines.fails = (False, None) if how == "disagrees" else (None, "plugin")
+    out = tmp_path / "engine.json"
+    assert main(["bench", "--engine", "--rounds", "prefill", "--json", str(out)]) == 1
+    assert len(engines.jobs) == 2, "no more engines are started"
+    shown = capsys.readouterr()
+    assert ("its answers are not stock's" if how == "disagrees" else "ValueError: no") in shown.err
+    assert json.loads(out.read_text())["summary"] == [{"round": "prefill", "stock": 2.0, "plugin": None, "ratio": None}]
+
+
+def test_where_stock_fails_the_plugin_is_timed_unchecked(engines, capsys):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    engines.fails = "stock"
+    assert main(["bench", "--engine", "--rounds", "ngram", "--turns", "1"]) == 1
+    shown = capsys.readouterr()
+    assert "unchecked" in shown.out and "stock: the engine ended: ValueError: no" in shown.err
+
+
+def test_ctrl_c_keeps_what_was_measured(engines, tmp_path, capsys):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    engines.interrupts = "plugin"
+    out = tmp_path / "engine.json"
+    assert main(["bench", "--engine", "--rounds", "prefill", "--json", str(out)]) == 130
+    assert [e["engine"] for e in json.loads(out.read_text())["engines"]] == ["stock"]
+    shown = capsys.readouterr()
+    assert shown.err == "gdn-plugin bench: interrupted\n" and "2.000" in shown.out
+
+
+@pytest.mark.parametrize("name", [name for name, size in models.SIZES.items() if not size.weights])
+def test_sizes_without_weights_are_configurations(name, tmp_path):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    models.SIZES[name].write(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["linear_num_value_heads"] == 32 and len(config["layer_types"]) == config["num_hidden_layers"]
+
+
+def test_made_up_weights_are_the_same_in_every_process_and_matter():
+    import torch
+
+    def model():
+        made = torch.nn.Module()
+        made.linear_attn = torch.nn.Module()
+        for name, shape in (("A_log", (4,)), ("dt_bias", (4,)), ("conv1d", (8, 1, 4)), ("out_proj", (16, 8))):
+            setattr(made.linear_attn, name, torch.nn.Parameter(torch.zeros(shape)))
+        rounds.randomise(made)
+        return dict(made.linear_attn.named_parameters())
+
+    one, other = model(), model()
+    for name, weight in one.items():
+        assert torch.equal(weight, other[name]) and weight.std() > 0, name
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)  # two starts of an engine
+def test_a_real_run(tmp_path, capsys):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    out = tmp_path / "engine.json"
+    arguments = ["--rounds", "few", "--turns", "1", "--repeats", "1", "--json", str(out)]
+    assert main(["bench", "--engine", "--model", "tiny", *arguments]) == 0, capsys.readouterr().err
+    data = json.loads(out.read_text())
+    stock, plugin = data["engines"]
+    assert set(plugin["layers"]) == {OURS} and not set(stock["layers"]) & {OURS}
+    assert plugin["check"]["ok"] and plugin["check"]["tokens"] == len(rounds.CHECK_LENGTHS) * rounds.CHECK_NEW
+    assert data["summary"][0]["ratio"] > 0 and plugin["compiled"][0] == plugin["compiled"][1]
