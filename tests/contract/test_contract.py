@@ -55,7 +55,7 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "interleaved": (PROJECTED, {"interleaved": True, "heads": (1, 2), "io_dtype": BF16, "gate_dtype": FP32}),
     "interleaved, strided": (PROJECTED, {"interleaved": True, "heads": (3, 6), "gap": 3, "io_dtype": BF16}),
     "interleaved, padding": (
-        ("conv_prologue", "decode", "fused_decode", "verify"),
+        (*CONV_OPS, "decode", "verify"),
         {"interleaved": True, "padding": (0, 2), "gap": 64, "index_stride": 3},
     ),
     # The sequences that a feature names are those of the lens below.

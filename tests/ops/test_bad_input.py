@@ -107,7 +107,8 @@ SCALARS = [
       for bad in ("1", float("nan"), True)],
     *[(op, "padding", bad) for op in ("prefill", "decode", "verify") for bad in ("", None, "all")],
     *[(op, "use_qk_l2norm", bad) for op in ("prefill", "decode", "verify") for bad in (1, None)],
-    *[(op, "zero_padding", bad) for op in ("prefill", "decode", "fused_decode", "verify") for bad in (1, None)],
+    *[(op, "zero_padding", bad) for op in ("prefill", "decode", "fused_decode", "verify", "fused_verify")
+      for bad in (1, None)],
     *[(op, "exp_gate", bad) for op in ("conv_prologue", "prefill") for bad in (1, None)],
     *[("prefill", "max_seqlen", bad) for bad in (-1, 1.5, None)],
     *[("prefill", "checkpoint_every", bad) for bad in (0, -64, 63, 96, 64.0, None)],
@@ -168,9 +169,7 @@ def test_wrong_tensor(op, name, kind, wrong):
 
 def interleaved(op):
     """Arguments whose projections have interleaved heads."""
-    maker = {"conv_prologue": cases.conv_prologue_case, "decode": cases.decode_case, "verify": cases.verify_case,
-             "fused_decode": cases.fused_decode_case, "gated_norm": cases.gated_norm_case}[op]  # fmt: skip
-    case = maker(interleaved=True)
+    case = getattr(cases, f"{op}_case")(interleaved=True)
     return case.args | {n: p.clone().view for n, p in case.pools.items()}
 
 
