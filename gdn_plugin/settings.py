@@ -35,7 +35,7 @@ TABLE: Mapping[str, Setting] = {
         Setting("GDN_PLUGIN_PREFILL_BACKEND", "request", None, "backend of prefill; wins over the above"),
         Setting("GDN_PLUGIN_DECODE_BACKEND", "request", None, "backend of decode; wins over the above"),
         Setting("GDN_PLUGIN_VERIFY_BACKEND", "request", None, "backend of verify; wins over the above"),
-        Setting("GDN_PLUGIN_DISABLE", "switch", "0", "1: register nothing, stock vLLM"),
+        Setting("GDN_PLUGIN_DISABLE", "switch", "0", "1: register nothing, the stock host"),
         Setting("GDN_PLUGIN_SELF_CHECK", "switch", "1", "0: use kernels without checking their numbers first"),
         Setting("GDN_PLUGIN_DEBUG", "switch", "0", "1: also the argument checks that synchronise with the device"),
         Setting(

@@ -33,7 +33,7 @@ REFUSALS = {
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     for name in list(os.environ):
-        if name.startswith(("GDN_PLUGIN_", "VLLM_PLUGINS")):
+        if name.startswith(("GDN_PLUGIN_", "VLLM_PLUGINS", "SGLANG_PLUGINS")):
             monkeypatch.delenv(name)
 
 
@@ -65,7 +65,7 @@ class TestDoctorSimulated:
     def test_json_has_the_designs_shape(self, run):
         report, code = simulate(run, "--cuda", "13.0")
         assert code == 0
-        assert {"platform", "settings", "selection", "host"} <= set(report)
+        assert {"platform", "settings", "selection", "hosts"} <= set(report)
         assert report["platform"]["sm"] == 100
         assert report["platform"]["packages"]["flashinfer-python"] == "0.7.2.post1"
         assert report["settings"]["GDN_PLUGIN_BACKEND"] == "auto"
@@ -75,7 +75,7 @@ class TestDoctorSimulated:
         assert [v["backend"] for v in prefill["verdicts"]] == ["flashinfer", "triton", "cpu", "torch", "reference"]
         assert prefill["verdicts"][2]["reasons"] == ["needs a cpu device, this one is cuda"]
         assert report["selection"]["decode"]["backend"] == "triton"
-        assert "vllm" in report["host"]
+        assert list(report["hosts"]) == ["vllm", "sglang"]
 
     @pytest.mark.parametrize(("arguments", "reason"), REFUSALS.values(), ids=REFUSALS)
     def test_every_refusal_is_told(self, run, arguments, reason):
@@ -97,7 +97,7 @@ class TestDoctorSimulated:
         shown = run("doctor", *arguments)
         assert max(map(len, shown.out.splitlines())) <= 80
         assert "\x1b" not in shown.out
-        for heading in ("Platform", "Settings", "Backends for Hk=16, Hv=32, K=128, V=128", "vLLM"):
+        for heading in ("Platform", "Settings", "Backends for Hk=16, Hv=32, K=128, V=128", "vLLM", "SGLang"):
             assert heading in shown.out
 
     def test_a_named_backend_that_cannot_run_is_trouble(self, run, monkeypatch):
@@ -132,7 +132,7 @@ class TestDoctorSimulated:
             (["--simulate", "sm_100", "--package", "triton=abc"], "'abc' is neither a version nor none"),
             (["--simulate", "sm_100", "--feature", "flashinfer.prefil=none"], "did you mean 'flashinfer.prefill'?"),
             (["--simulate", "sm_100", "--feature", "=yes"], "is not NAME=VALUE"),
-            (["--host-contract", "nowhere"], "no unpacked vllm in nowhere"),
+            (["--host-contract", "nowhere"], "no unpacked vllm or sglang in nowhere"),
             (["--heads", "16"], "is not two positive numbers"),
             (["--heads", "2,3"], "must be a multiple"),
             (["--heads", "0,0"], "is not two positive numbers"),
@@ -179,17 +179,18 @@ class TestDoctorHere:
         assert any("could not be loaded" in told for told in json.loads(shown.out)["trouble"])
 
 
+@pytest.mark.parametrize("of", host.HOSTS.values(), ids=host.HOSTS)
 class TestHost:
     @pytest.fixture
-    def installed(self, monkeypatch):
-        """installed(names): entry points of vLLM's general plugins."""
+    def installed(self, of, monkeypatch):
+        """installed(names): entry points of the host's plugins."""
 
         def install(*names, version="0.33.0"):
             def entry_points(*, group):
-                return [SimpleNamespace(name=name) for name in names] if group == host.GROUP else []
+                return [SimpleNamespace(name=name) for name in names] if group == of.group else []
 
             def find(distribution):
-                if distribution == "vllm" and version is not None:
+                if distribution == of.package and version is not None:
                     return version
                 raise importlib.metadata.PackageNotFoundError(distribution)
 
@@ -198,67 +199,85 @@ class TestHost:
 
         return install
 
-    def test_no_vllm(self, installed):
+    def test_no_host(self, of, installed):
         installed(version=None)
-        report = host.report(disabled=False)
+        report = host.report(of, disabled=False)
         assert (report.package, report.attach) == (None, False)
+        assert report.reason == f"{of.title} is not installed; the ops work without it"
 
-    def test_attaches(self, installed, monkeypatch):
+    def test_attaches(self, of, installed, monkeypatch):
         installed("gdn_plugin")
-        monkeypatch.setattr("gdn_plugin.hosts.vllm.compat.would_attach", lambda: (True, "vLLM 0.33.0 is known"))
-        report = host.report(disabled=False)
-        assert (report.package, report.attach, report.reason) == ("vllm 0.33.0", True, "vLLM 0.33.0 is known")
+        monkeypatch.setattr(of.compat(), "would_attach", lambda: (True, "0.33.0 is known"))
+        report = host.report(of, disabled=False)
+        assert (report.package, report.attach, report.reason) == (f"{of.package} 0.33.0", True, "0.33.0 is known")
 
-    def test_disabled(self, installed):
+    def test_disabled(self, of, installed):
         installed("gdn_plugin")
-        assert "GDN_PLUGIN_DISABLE=1" in host.report(disabled=True).reason
+        assert f"GDN_PLUGIN_DISABLE=1: stock {of.title} serves" in host.report(of, disabled=True).reason
 
-    def test_not_installed_beside_vllm(self, installed):
+    def test_not_installed_beside_it(self, of, installed):
         installed("another")
-        report = host.report(disabled=False)
+        report = host.report(of, disabled=False)
         assert report.attach is False
-        assert "no entry point gdn_plugin" in report.trouble[0]
+        assert f"no entry point gdn_plugin in {of.group}" in report.trouble[0]
 
     @pytest.mark.parametrize(
         ("value", "told"),
         [
-            ("gdn-plugin", "does not name gdn_plugin, so vLLM will not load it; 'gdn-plugin' looks mistyped"),
-            ("another", "does not name gdn_plugin, so vLLM will not load it"),
-            ("", "does not name gdn_plugin, so vLLM will not load it"),
-            (
-                "gdn_plugin,nobody",
-                "VLLM_PLUGINS names 'nobody', which is not installed; there are: another, gdn_plugin",
-            ),
+            ("gdn-plugin", "does not name gdn_plugin, so {title} will not load it; 'gdn-plugin' looks mistyped"),
+            ("another", "does not name gdn_plugin, so {title} will not load it"),
+            ("gdn_plugin,nobody", "{variable} names 'nobody', which is not installed; there are: another, gdn_plugin"),
         ],
     )
-    def test_vllm_plugins(self, installed, monkeypatch, value, told):
+    def test_the_list_of_plugins(self, of, installed, monkeypatch, value, told):
         installed("gdn_plugin", "another")
-        monkeypatch.setenv("VLLM_PLUGINS", value)
-        assert told in host.loading_trouble()[0]
+        monkeypatch.setenv(of.variable, value)
+        assert told.format(title=of.title, variable=of.variable) in host.loading_trouble(of)[0]
 
-    def test_vllm_plugins_that_names_it(self, installed, monkeypatch):
+    def test_a_list_that_names_it(self, of, installed, monkeypatch):
         installed("gdn_plugin", "another")
-        monkeypatch.setenv("VLLM_PLUGINS", "another,gdn_plugin")
-        assert host.loading_trouble() == []
+        monkeypatch.setenv(of.variable, "another,gdn_plugin")
+        assert host.loading_trouble(of) == []
 
-    def test_a_failing_look_is_reported(self, installed, monkeypatch):
+    @pytest.mark.parametrize("value", ["", "another, gdn_plugin"])
+    def test_a_list_as_its_host_reads_it(self, of, installed, monkeypatch, value):
+        """vLLM takes an empty list for no plugin, and a space for a part of the name."""
+        installed("gdn_plugin", "another")
+        monkeypatch.setenv(of.variable, value)
+        assert (host.loading_trouble(of) == []) == (of.package == "sglang")
+
+    def test_a_failing_look_is_reported(self, of, installed, monkeypatch):
         def broken():
             raise OSError("unreadable")
 
         installed("gdn_plugin")
-        monkeypatch.setattr("gdn_plugin.hosts.vllm.compat.would_attach", broken)
-        report = host.report(disabled=False)
+        monkeypatch.setattr(of.compat(), "would_attach", broken)
+        report = host.report(of, disabled=False)
         assert report.attach is None
         assert "OSError: unreadable" in report.reason
 
-    def test_host_contract(self, run, tmp_path):
+    def test_one_host_alone(self, of, installed, monkeypatch, run):
+        installed("gdn_plugin")
+        monkeypatch.setattr(of.compat(), "would_attach", lambda: (True, "it is known"))
+        shown = run("doctor", "--host", of.package, "--simulate", "sm_100", "--json")
+        assert shown.code == 0 and list(json.loads(shown.out)["hosts"]) == [of.package]
+        monkeypatch.setattr(of.compat(), "would_attach", lambda: (False, "it is not known"))
+        assert run("doctor", "--host", of.package, "--simulate", "sm_100").code == 1
+        assert run("doctor", "--simulate", "sm_100").code == 0
+
+    def test_host_contract(self, of, run, tmp_path):
         shown = run("doctor", "--host-contract", str(tmp_path))
         assert shown.code == 2
-        (tmp_path / "vllm").mkdir()
-        (tmp_path / "vllm" / "__init__.py").touch()
-        shown = run("doctor", "--host-contract", str(tmp_path), "--json")
-        assert shown.code == 1
-        assert json.loads(shown.out)["missing"]
+        (tmp_path / of.package).mkdir()
+        (tmp_path / of.package / "__init__.py").touch()
+        for folder in (tmp_path, tmp_path / of.package):
+            shown = run("doctor", "--host-contract", str(folder), "--json")
+            assert shown.code == 1
+            told = json.loads(shown.out)
+            assert told["missing"] and told["host"] == of.package
+        other = next(name for name in host.HOSTS if name != of.package)
+        shown = run("doctor", "--host", other, "--host-contract", str(tmp_path))
+        assert shown.code == 2 and f"no unpacked {other} in" in shown.err
 
 
 class TestCheck:

@@ -19,7 +19,7 @@ ROOT = Path(gdn_plugin.__file__).parent
 PYPROJECT = ROOT.parent / "pyproject.toml"
 FILES = sorted(path for path in ROOT.rglob("*.py") if "__pycache__" not in path.parts)
 NAMES = {path.relative_to(ROOT).as_posix() for path in FILES}
-HEAVY = ("torch", "triton", "flashinfer", "cutlass", "vllm", "transformers")
+HEAVY = ("torch", "triton", "flashinfer", "cutlass", "vllm", "sglang", "transformers")
 # Rooms from the lowest floor up: a room imports its own files and those of lower floors, when a file is imported.
 FLOORS = {
     "settings.py": 0,
@@ -88,6 +88,8 @@ def test_imports_run_one_way(path):
         assert not within(module, "ops", "registry"), f"{module}: the links at the top are no packages"
         if within(module, "vllm"):
             assert room(path).startswith("hosts/vllm/") or room(path) == "tools/vllm_engine.py", module
+        if within(module, "sglang"):
+            assert room(path).startswith("hosts/sglang/"), module
         found = floor(module) if within(module, "gdn_plugin") else None
         if found is None or own is None:
             continue
@@ -164,7 +166,14 @@ def test_no_folder_has_the_name_of_a_package_that_files_beside_it_import():
 
 @pytest.mark.parametrize(
     "modules",
-    ["gdn_plugin", "gdn_plugin.registry", "gdn_plugin.settings", "gdn_plugin.plugin", "gdn_plugin.tools.cli.doctor"],
+    [
+        "gdn_plugin",
+        "gdn_plugin.registry",
+        "gdn_plugin.settings",
+        "gdn_plugin.plugin",
+        "gdn_plugin.hosts.sglang.plugin",
+        "gdn_plugin.tools.cli.doctor",
+    ],
 )
 def test_importing_is_light(modules):
     if not in_build(f"{modules}:"):
@@ -198,15 +207,19 @@ class TestMetadata:
         assert project["version"] == gdn_plugin.__version__
 
     def test_entry_points_lead_somewhere(self, project):
-        assert project["entry-points"]["vllm.general_plugins"] == {"gdn_plugin": "gdn_plugin.plugin:register"}
+        assert project["entry-points"] == {
+            "vllm.general_plugins": {"gdn_plugin": "gdn_plugin.plugin:register"},
+            "sglang.srt.plugins": {"gdn_plugin": "gdn_plugin.hosts.sglang.plugin:register"},
+        }
         assert project["scripts"] == {"gdn-plugin": "gdn_plugin.tools.cli:main"}
-        for target in ("gdn_plugin.plugin:register", "gdn_plugin.tools.cli:main"):
+        doors = [point["gdn_plugin"] for point in project["entry-points"].values()]
+        for target in (*doors, "gdn_plugin.tools.cli:main"):
             module, _, function = target.partition(":")
             __import__(module)
             assert callable(getattr(sys.modules[module], function))
 
     def test_extras_are_the_ones_that_messages_name(self, project):
-        assert {"vllm", "triton", "flashinfer", "dev"} <= set(project["optional-dependencies"])
+        assert {"vllm", "sglang", "triton", "flashinfer", "dev"} <= set(project["optional-dependencies"])
         flashinfer = " ".join(project["optional-dependencies"]["flashinfer"])
         assert "flashinfer-python>=0.6.14" in flashinfer
         assert "nvidia-cutlass-dsl[cu13]>=4.4.2" in flashinfer

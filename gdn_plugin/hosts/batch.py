@@ -5,10 +5,15 @@ A host's own room translates its metadata to a `Batch`; `core` runs it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
+
+# Prefill emits states at multiples of this many tokens (the ops' rule for `checkpoint_every`).
+CHECKPOINT_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,42 @@ class Checkpoints:
     emitted: Tensor
     rows: Tensor
     conv_tokens: Tensor
+
+
+def plan_checkpoints(
+    offsets: Sequence[int], rows: Tensor, cu_seqlens: Tensor, num_tokens: int, conv_history: int
+) -> Checkpoints | None:
+    """Plan which emitted states a prefill keeps, at most one a sequence; None where none is wanted. No synchronisation.
+
+    Args:
+        offsets: for each sequence, how many of its tokens the kept state has seen; 0: none is kept.
+        rows: [B] pool row of each sequence's kept state; read where an offset is not 0.
+        cu_seqlens: [B + 1], on the device.
+        num_tokens: cu_seqlens[-1], as the host knows it.
+        conv_history: W - 1, inputs that the convolution remembers.
+    Raises:
+        ValueError: an offset is no multiple of 64.
+    """
+    wanted = [(sequence, offset) for sequence, offset in enumerate(offsets) if offset > 0]
+    if not wanted:
+        return None
+    every = math.gcd(*(offset for _, offset in wanted))
+    if every % CHECKPOINT_ALIGNMENT:
+        raise ValueError(f"checkpoint offsets must be multiples of {CHECKPOINT_ALIGNMENT}, got {list(offsets)}")
+    device = cu_seqlens.device
+    sequences, kept = torch.tensor(wanted, dtype=torch.int64).to(device, non_blocking=True).unbind(1)
+    starts = cu_seqlens.to(torch.int64)
+    cu_starts = torch.zeros_like(starts)
+    torch.cumsum(starts.diff() // every, 0, out=cu_starts[1:])
+    ends = starts[sequences] + kept
+    return Checkpoints(
+        every=every,
+        count=num_tokens // every,
+        cu_starts=cu_starts.to(torch.int32),
+        emitted=cu_starts[sequences] + kept // every - 1,
+        rows=rows[sequences].to(torch.int64),
+        conv_tokens=ends[:, None] + torch.arange(-conv_history, 0, device=device),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from packaging.version import InvalidVersion, Version
+
 
 @dataclass(frozen=True, slots=True)
 class Need:
@@ -39,6 +41,61 @@ class Need:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}" + (f".{self.member}" if self.member else "")
+
+
+@dataclass(frozen=True, slots=True)
+class Contract:
+    """What the plugin needs of one host.
+
+    Args:
+        host: what people call it.
+        package: what Python calls it.
+        supported: the first numbers of the versions that the needs were read from.
+        needs: everything that is called, overridden or read.
+    """
+
+    host: str
+    package: str
+    supported: tuple[tuple[int, ...], ...]
+    needs: tuple[Need, ...]
+
+    def version_problem(self, version: str | None) -> str | None:
+        """Why a version is not one of the supported ones, in one sentence; None where it is."""
+        known = " and ".join(".".join(map(str, numbers)) + ".x" * (len(numbers) < 3) for numbers in self.supported)
+        if version is None:
+            return f"the version of {self.host} could not be read; known are {known}"
+        try:
+            release = (*Version(version).release, 0, 0)
+        except InvalidVersion:
+            return f"{self.host} {version!r} is not a version number; known are {known}"
+        if any(release[: len(numbers)] == numbers for numbers in self.supported):
+            return None
+        return f"{self.host} {version} is not a version this plugin knows; known are {known}"
+
+    def missing(self, root: str | Path) -> list[str]:
+        """Everything that an unpacked host does not have, one sentence each; empty where all is there.
+
+        Args:
+            root: the folder of the package itself, or the one that holds it. Nothing is imported.
+        """
+        return unmet(self.needs, package_root(self.package, root))
+
+    def would_attach(self, root: Path | None) -> tuple[bool, str]:
+        """Whether the plugin would serve with the host in `root` (None: not installed), and why, in one sentence.
+
+        Knows nothing of other plugins: whether one of them has the same class shows only inside a running engine.
+        """
+        if root is None:
+            return False, f"{self.host} is not installed"
+        version = version_of(root)
+        problem = self.version_problem(version)
+        if problem is not None:
+            return False, problem
+        missing = self.missing(root)
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            return False, f"{self.host} {version} lacks what the plugin needs: {missing[0]}{more}"
+        return True, f"{self.host} {version} has everything the plugin needs"
 
 
 def unmet(needs: Iterable[Need], root: str | Path) -> list[str]:

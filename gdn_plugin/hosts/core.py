@@ -29,6 +29,8 @@ class Shape:
         bias_dtype: of dt_bias.
         null_index: pool rows up to this one hold no sequence; padding names them.
         padding: what the ops may take for granted of padding sequences, see `gdn_plugin.ops`.
+        gated_norm: the gated RMSNorm behind the recurrence is the plugin's to do.
+        padded_pool: rows of the state pool are further apart than a state is long: a page holds conv and state.
     """
 
     dtype: str
@@ -43,12 +45,14 @@ class Shape:
     bias_dtype: str = ""
     null_index: int = -1
     padding: str = "any"
+    padded_pool: bool = True
+    gated_norm: bool = True
 
     def problems(self) -> dict[str, Problem]:
         """What the registry is to choose backends for.
 
-        Pools count as row-padded: hosts keep the states of a sequence side by side in one page. Speculative batches
-        count as ragged: drafts end early, at a stop, at the length limit, or where a drafter has no more to say.
+        Speculative batches count as ragged: drafts end early, at a stop, at the length limit, or where a drafter has no
+        more to say.
         """
         used = ["conv_prologue", "prefill", "decode", "fused_decode"]
         used += ["verify", "fused_verify"] if self.spec_tokens else []
@@ -61,7 +65,7 @@ class Shape:
                 num_v_heads=self.num_v_heads,
                 head_k_dim=self.head_k_dim,
                 head_v_dim=self.head_v_dim,
-                padded_pool=True,
+                padded_pool=self.padded_pool,
                 checkpoints=self.checkpoints and op == "prefill",
                 max_spec_tokens=self.spec_tokens if op in ("conv_prologue", "verify", "fused_verify") else 0,
                 ragged=op in ("verify", "fused_verify"),
@@ -71,8 +75,10 @@ class Shape:
             )
             for op in used
         }
-        heads, dim = self.num_v_heads, self.head_v_dim
-        return problems | {"gated_norm": Problem("gated_norm", self.dtype, "float32", heads, heads, dim, dim)}
+        if self.gated_norm:
+            heads, dim = self.num_v_heads, self.head_v_dim
+            problems["gated_norm"] = Problem("gated_norm", self.dtype, "float32", heads, heads, dim, dim)
+        return problems
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ class TinyConfig:
     """Sizes of the checkpoint. `cycle` is how strongly the embedding decides the next token (0: not at all).
 
     `flat` writes a dense Qwen3.5: projections of q, k, v, of z, of b and of a apart, heads not interleaved, no experts.
+    `vision` (with `flat`) names it as the text part of a model with a vision tower, which SGLang wants, and has none.
     """
 
     hidden: int = 256
@@ -47,6 +48,7 @@ class TinyConfig:
     mtp: bool = True
     seed: int = 0
     flat: bool = False
+    vision: bool = False
 
     @property
     def vocab(self) -> int:
@@ -103,7 +105,10 @@ def _write_config(directory: Path, c: TinyConfig) -> None:
         hf = Qwen3_5TextConfig(**sizes)
         hf.architectures = ["Qwen3_5ForCausalLM"]
         hf.mtp_num_hidden_layers = 1
-        hf.save_pretrained(directory)
+        if c.vision:
+            _with_vision(hf).save_pretrained(directory)
+        else:
+            hf.save_pretrained(directory)
         return
     hf = Qwen3NextConfig(
         **sizes,
@@ -115,8 +120,20 @@ def _write_config(directory: Path, c: TinyConfig) -> None:
         mlp_only_layers=[i for i in range(c.layers) if i not in c.moe_layers],
     )
     hf.architectures = ["Qwen3NextForCausalLM"]
+    hf.full_attention_interval = 4  # SGLang reads this and not layer_types
     hf.num_nextn_predict_layers = 1
     hf.save_pretrained(directory)
+
+
+def _with_vision(text: Any) -> Any:
+    from transformers import Qwen3_5Config
+
+    part = text.to_dict() | {"full_attention_interval": 4}  # SGLang reads this and not layer_types
+    tower = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "num_position_embeddings": 64}
+    hf = Qwen3_5Config(text_config=part, vision_config=tower | {"out_hidden_size": text.hidden_size})
+    hf.architectures = ["Qwen3_5ForConditionalGeneration"]
+    hf.dtype = text.dtype
+    return hf
 
 
 def _write_tokenizer(directory: Path) -> None:
@@ -229,6 +246,8 @@ def _write_weights(directory: Path, c: TinyConfig) -> None:
         }
         weights |= norms("mtp.layers.0") | attention("mtp.layers.0.self_attn")
         weights |= mlp("mtp.layers.0.mlp", c.intermediate) if c.flat else moe("mtp.layers.0.mlp")
+    if c.vision:
+        weights = {name.replace("model.", "model.language_model.", 1): value for name, value in weights.items()}
     keep_fp32 = ("A_log",)
     stored = {
         name: (value if name.endswith(keep_fp32) else value.to(torch.bfloat16)).contiguous()
@@ -256,6 +275,7 @@ def _write_qwen3_next_12l(directory: Path) -> None:
         moe_intermediate_size=512, shared_expert_intermediate_size=512, num_experts=512, num_experts_per_tok=10,
     )  # fmt: skip
     hf.architectures = ["Qwen3NextForCausalLM"]
+    hf.full_attention_interval = 4  # SGLang reads this and not layer_types
     hf.num_nextn_predict_layers = 1
     hf.save_pretrained(directory)
 

@@ -309,7 +309,7 @@ def test_idle_steps_and_the_profile_run_only_warm_up(
     from vllm.forward_context import set_forward_context
 
     from gdn_plugin import ops
-    from gdn_plugin.hosts.vllm import warm_up
+    from gdn_plugin.hosts import warm_up
 
     layer, _ = pair
     asked: list[str] = []
@@ -346,7 +346,7 @@ def test_binding_the_pools_compiles_for_them(
             bind_kv_cache_to_layers({layer.prefix: pages}, get_forward_context().no_compile_layers)
         _, state = layer.kv_cache
         assert state.shape[1:] == layer.get_state_shape()[1] and state.stride(0) * state.itemsize == pages.stride(0)
-        ((core, pool),) = bound
+        ((core, pool, _),) = bound
         assert core is layer._gdn_core and pool is state
         assert ops.compile_count() == compiled and bool((pages == 1).all())
     finally:

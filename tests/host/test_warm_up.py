@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from gdn_plugin.hosts import warm_up as host
 from gdn_plugin.hosts.core import Core, Shape
-from gdn_plugin.hosts.vllm import warm_up as host
 from gdn_plugin.ops import dispatch
 from gdn_plugin.registry import BackendOp, Selection, Variant, probe, select
 
 SHAPE = Shape("bfloat16", "bfloat16", 4, 8, 64, 64, 4, spec_tokens=3, null_index=0, padding="scratch")
+LOG = logging.getLogger(__name__)
 POOL = torch.zeros(9, 8 * 64 * 64 + 128, dtype=torch.bfloat16)[:, : 8 * 64 * 64].unflatten(1, (8, 64, 64))
 
 
@@ -60,9 +61,9 @@ def core(request: str = "auto", shape: Shape = SHAPE) -> Core:
 
 def test_every_variant_of_every_choice_is_compiled_once(compiler: Compiler) -> None:
     for _ in range(3):  # layers of one shape
-        host.warm_up(core(), torch.device("cpu"))
+        host.warm_up(core(), torch.device("cpu"), LOG)
     assert sorted(compiler.compiled) == sorted((op, False) for op in SHAPE.problems() for _ in range(2))
-    host.warm_up(core(shape=replace(SHAPE, num_v_heads=4)), torch.device("cpu"))
+    host.warm_up(core(shape=replace(SHAPE, num_v_heads=4)), torch.device("cpu"), LOG)
     assert len(compiler.compiled) == 4 * len(SHAPE.problems())
 
 
@@ -70,21 +71,18 @@ def test_a_pool_is_compiled_for_once_a_layout(compiler: Compiler) -> None:
     """vLLM binds a small pool first, to measure what CUDA graphs take, and the real one later."""
     for pool, new in ((POOL, True), (POOL.clone(), True), (POOL, False), (POOL[:5], True), (POOL[4:], False)):
         before = len(compiler.compiled)
-        host.warm_up_pool(core(), pool)
+        host.warm_up_pool(core(), pool, LOG)
         assert (len(compiler.compiled) > before) == new
     assert all(of_pool for _, of_pool in compiler.compiled)
 
 
-def test_a_compiler_that_fails_stops_only_what_was_asked_for_by_name(
-    compiler: Compiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_compiler_that_fails_stops_only_what_was_asked_for_by_name(compiler: Compiler) -> None:
     compiler.broken = "fused_decode"
     with pytest.raises(RuntimeError, match="no ptxas"):
-        host.warm_up_pool(core("torch"), POOL)
+        host.warm_up_pool(core("torch"), POOL, LOG)
     lines: list[str] = []
-    logger = SimpleNamespace(warning=lambda form, *given: lines.append(form % given))
-    monkeypatch.setattr(host, "_log", logger)
-    host.warm_up_pool(core(), POOL[:7])
+    logger: Any = SimpleNamespace(warning=lambda form, *given: lines.append(form % given))
+    host.warm_up_pool(core(), POOL[:7], logger)
     assert lines == ["gdn_plugin: fused_decode on torch was not compiled ahead: no ptxas"]
     assert {op for op, _ in compiler.compiled} >= set(SHAPE.problems()) - {"fused_decode"}
 
@@ -96,10 +94,10 @@ def test_the_log_has_the_counter_at_the_start_and_what_came_after(
     at_the_end: list[Any] = []
     monkeypatch.setattr(host.ops, "compile_count", lambda: count)
     monkeypatch.setattr(host, "Finalize", lambda of, call, exitpriority: at_the_end.append(call))
-    with caplog.at_level(logging.INFO, "vllm.gdn_plugin"):
-        host.warm_up(core(), torch.device("cpu"))
-        host.warm_up_pool(core(), POOL)
-        host._tell_at_the_end()
+    with caplog.at_level(logging.INFO, LOG.name):
+        host.warm_up(core(), torch.device("cpu"), LOG)
+        host.warm_up_pool(core(), POOL, LOG)
+        host._tell_at_the_end(LOG)
         (tell,) = at_the_end
         tell()
         count = 7

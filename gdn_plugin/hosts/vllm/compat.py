@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from packaging.version import InvalidVersion, Version
-
 from gdn_plugin.hosts import contract as sources
-from gdn_plugin.hosts.contract import Need, version_of
+from gdn_plugin.hosts.contract import Contract, Need
 
 SUPPORTED = ((0, 32), (0, 33))
 LAYER_MODULE = "vllm.model_executor.layers.mamba.gdn.qwen_gdn_linear_attn"
@@ -160,18 +158,11 @@ NEEDS: tuple[Need, ...] = (
 )
 
 
+CONTRACT = Contract("vLLM", "vllm", SUPPORTED, NEEDS)
+
+
 def version_problem(version: str | None) -> str | None:
-    """One sentence where the plugin does not know this version of vLLM. Local and pre-release suffixes are ignored."""
-    known = " and ".join(".".join(map(str, pair)) + ".x" for pair in SUPPORTED)
-    if version is None:
-        return f"the version of vLLM could not be read; known are {known}"
-    try:
-        release = Version(version).release
-    except InvalidVersion:
-        return f"vLLM {version!r} is not a version number; known are {known}"
-    if (*release, 0)[:2] in SUPPORTED:
-        return None
-    return f"vLLM {version} is not a version this plugin knows; known are {known}"
+    return CONTRACT.version_problem(version)
 
 
 def contract(root: str | Path) -> list[str]:
@@ -180,7 +171,7 @@ def contract(root: str | Path) -> list[str]:
     Args:
         root: the folder `vllm` itself, or the one that holds it. Nothing is imported.
     """
-    return sources.unmet(NEEDS, package_root(root))
+    return CONTRACT.missing(root)
 
 
 def package_root(directory: str | Path) -> Path:
@@ -194,19 +185,5 @@ def installed_root() -> Path | None:
 
 
 def would_attach() -> tuple[bool, str]:
-    """Whether the plugin would replace the installed vLLM's GDN layer, and why or why not, in one sentence.
-
-    Knows nothing of other plugins: whether one of them has the layer shows only inside a running engine.
-    """
-    root = installed_root()
-    if root is None:
-        return False, "vLLM is not installed"
-    version = version_of(root)
-    problem = version_problem(version)
-    if problem is not None:
-        return False, problem
-    missing = contract(root)
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        return False, f"vLLM {version} lacks what the plugin needs: {missing[0]}{more}"
-    return True, f"vLLM {version} has everything the plugin needs"
+    """Whether the plugin would replace the installed vLLM's GDN layer, and why or why not, in one sentence."""
+    return CONTRACT.would_attach(installed_root())

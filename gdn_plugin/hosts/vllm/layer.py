@@ -27,10 +27,12 @@ from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from gdn_plugin import __version__, ops
+from gdn_plugin.hosts.batch import CHECKPOINT_ALIGNMENT
 from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Shape
-from gdn_plugin.hosts.vllm.metadata import CHECKPOINT_ALIGNMENT, NULL_INDEX, PADDING, batch_of
+from gdn_plugin.hosts.vllm.metadata import NULL_INDEX, PADDING, batch_of
 from gdn_plugin.hosts.vllm.patches import align_copies_on_cpu, fresh_speculative_rows, saved_models
-from gdn_plugin.hosts.vllm.warm_up import warm_up, warm_up_pool
+from gdn_plugin.hosts.vllm.patches.freed_memory import keep_freed_memory
+from gdn_plugin.hosts.warm_up import warm_up, warm_up_pool
 from gdn_plugin.registry import Selection, requests
 
 # Below vLLM's own logger, so that its handlers and its level apply.
@@ -137,7 +139,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         """The host's; then the kernels that are compiled for this pool's size, before the host captures graphs."""
         super().bind_kv_cache(kv_cache)
         if self._gdn_core is not None:
-            warm_up_pool(self._gdn_core, self.kv_cache[1])
+            warm_up_pool(self._gdn_core, self.kv_cache[1], _log)
 
     def get_prefill_checkpoint_alignment(self) -> int | None:
         """Asked by vLLM 0.33; see `get_kv_cache_spec`."""
@@ -233,7 +235,9 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         """Compile every kernel that serving can reach, in the profile run: before the caches and before capture."""
         if self._gdn_core is None:
             return super()._warmup_prefill_kernels(qkv_or_qkvz, v_dim)
-        warm_up(self._gdn_core, qkv_or_qkvz.device)
+        if qkv_or_qkvz.is_cpu:
+            keep_freed_memory()
+        warm_up(self._gdn_core, qkv_or_qkvz.device, _log)
         return None
 
 

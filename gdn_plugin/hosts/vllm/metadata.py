@@ -7,19 +7,15 @@ metadata object a step, so its translation is kept on it.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gdn_plugin.hosts.batch import Batch, Checkpoints, DecodePart, PrefillPart, SpecPart
+from gdn_plugin.hosts.batch import Batch, Checkpoints, DecodePart, PrefillPart, SpecPart, plan_checkpoints
 from gdn_plugin.hosts.vllm.patches.fresh_speculative_rows import has_initial_state
 
 # vLLM's block 0, the null block, holds no sequence: padding rows name it, and whatever is written to it nobody reads.
 NULL_INDEX, PADDING = 0, "scratch"
-# Prefill emits states at multiples of this many tokens (the ops' rule for `checkpoint_every`).
-CHECKPOINT_ALIGNMENT = 64
 
 _CACHE_ATTRIBUTE = "_gdn_plugin_batch"
 
@@ -116,29 +112,12 @@ def _longest(nums_dict: dict[int, dict[str, Any]] | None) -> int:
 
 
 def _checkpoints(checkpoint: Any, cu_seqlens: Tensor, num_tokens: int, conv_history: int) -> Checkpoints | None:
-    """Plan the states to keep. `checkpoint` has a row for every non-speculative sequence; offset 0 means none."""
+    """The states to keep. `checkpoint` has a row for every non-speculative sequence; offset 0 means none."""
     if checkpoint is None or not any(checkpoint.offsets or ()):
         return None
     decodes = len(checkpoint.offsets) - (cu_seqlens.shape[0] - 1)  # rows before the prefills
-    wanted = [(row, offset) for row, offset in enumerate(checkpoint.offsets) if offset > 0]
-    every = math.gcd(*(offset for _, offset in wanted))
-    if every % CHECKPOINT_ALIGNMENT:
-        raise ValueError(f"checkpoint offsets must be multiples of {CHECKPOINT_ALIGNMENT}, got {checkpoint.offsets}")
-    device = cu_seqlens.device
-    rows, offsets = torch.tensor(wanted, dtype=torch.int64).to(device, non_blocking=True).unbind(1)
-    sequences = rows - decodes
-    starts = cu_seqlens.to(torch.int64)
-    cu_starts = torch.zeros_like(starts)
-    torch.cumsum(starts.diff() // every, 0, out=cu_starts[1:])
-    ends = starts[sequences] + offsets
-    return Checkpoints(
-        every=every,
-        count=num_tokens // every,
-        cu_starts=cu_starts.to(torch.int32),
-        emitted=cu_starts[sequences] + offsets // every - 1,
-        rows=checkpoint.state_indices[rows].to(torch.int64),
-        conv_tokens=ends[:, None] + torch.arange(-conv_history, 0, device=device),
-    )
+    rows = checkpoint.state_indices[decodes:]
+    return plan_checkpoints(checkpoint.offsets[decodes:], rows, cu_seqlens, num_tokens, conv_history)
 
 
 def _spec(metadata: Any, others: bool) -> SpecPart:

@@ -45,8 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--feature", action="append", default=[], metavar="NAME=yes|none", help="one of its features, named as below"
     )
+    parser.add_argument("--host", choices=tuple(host.HOSTS), help="report on this host alone; 1 where nothing attaches")
     parser.add_argument(
-        "--host-contract", metavar="DIR", help="only list what the plugin would miss in the vLLM unpacked in DIR"
+        "--host-contract", metavar="DIR", help="only list what the plugin would miss in the host unpacked in DIR"
     )
     add_problem_arguments(parser)
     parser.add_argument("--json", action="store_true", help="the same as JSON")
@@ -62,29 +63,29 @@ class Report:
     requests: dict[str, Request]
     choices: dict[str, Choice] = field(default_factory=dict)
     refused: dict[str, NoBackendError] = field(default_factory=dict)
-    host: host.HostReport = field(default_factory=lambda: host.HostReport(None, None, "not looked at"))
+    hosts: list[host.HostReport] = field(default_factory=list)
     trouble: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
 def run(args: argparse.Namespace) -> int:
     if args.host_contract is not None:
-        return _host_contract(args.host_contract, args.json)
+        return _host_contract(args.host_contract, args.host, args.json)
     report = examine(args)
     print(as_json(as_data(report)) if args.json else as_text(report))
-    return 1 if report.trouble else 0
+    alone = args.host is not None and not all(found.attach for found in report.hosts)
+    return 1 if report.trouble or alone else 0
 
 
-def _host_contract(directory: str, json: bool) -> int:
-    from gdn_plugin.hosts.vllm.compat import contract, package_root
-
-    if not (package_root(directory) / "__init__.py").is_file():
-        raise BadArguments(f"--host-contract: no unpacked vllm in {directory}")
-    missing = contract(directory)
+def _host_contract(directory: str, name: str | None, json: bool) -> int:
+    found = host.of_tree(directory)
+    if found is None or name not in (None, found.package):
+        raise BadArguments(f"--host-contract: no unpacked {name or ' or '.join(host.HOSTS)} in {directory}")
+    missing = found.compat().CONTRACT.missing(directory)
     if json:
-        print(as_json({"directory": directory, "missing": missing}))
+        print(as_json({"host": found.package, "directory": directory, "missing": missing}))
     else:
-        print("\n".join(missing) or f"the plugin finds everything it needs of vLLM in {directory}")
+        print("\n".join(missing) or f"the plugin finds everything it needs of {found.title} in {directory}")
     return 1 if missing else 0
 
 
@@ -101,8 +102,9 @@ def examine(args: argparse.Namespace) -> Report:
     disabled = not wrong and settings.disabled()
     report = Report(platform, args.simulate is not None, layer["prefill"], asked, trouble=trouble)
     _resolve(report, layer)
-    report.host = host.report(disabled)
-    report.warnings += report.host.trouble
+    report.hosts = [host.report(one, disabled) for name, one in host.HOSTS.items() if args.host in (None, name)]
+    for found in report.hosts:
+        report.warnings += found.trouble
     report.warnings += load_failures().values()
     if not report.simulated and platform.sm and "flashinfer" in {choice.name for choice in report.choices.values()}:
         report.warnings += _compiler_trouble(platform.sm)
@@ -239,7 +241,7 @@ def as_data(report: Report) -> dict[str, object]:
             "requests": {p: {"value": r.value, "source": r.source} for p, r in report.requests.items()},
         },
         "selection": selection,
-        "host": report.host.as_dict(),
+        "hosts": {found.host.package: found.as_dict() for found in report.hosts},
         "trouble": report.trouble,
         "warnings": report.warnings,
     }
@@ -255,10 +257,11 @@ def as_text(report: Report) -> str:
     )
     for op in (*report.choices, *report.refused):
         lines += _op_lines(op, report)
-    lines += ["", "vLLM"]
-    lines += _wrap(report.host.package or "not installed", "  ")
     words = {True: "the plugin would attach", False: "the plugin would not attach", None: "attaching: unknown"}
-    lines += _wrap(f"{words[report.host.attach]}: {report.host.reason}", "  ")
+    for found in report.hosts:
+        lines += ["", found.host.title]
+        lines += _wrap(found.package or "not installed", "  ")
+        lines += _wrap(f"{words[found.attach]}: {found.reason}", "  ")
     for title, sentences in (("Warnings", report.warnings), ("Trouble", report.trouble)):
         if sentences:
             lines += ["", title]

@@ -1,7 +1,7 @@
 """Everything compiled before serving, by the backends' own lists of variants.
 
-Called in the profile run, when no cache has been allocated and nothing has been captured; and again when the host binds
-its pools, for the kernels that a backend compiles for a pool's own size.
+Called by a host's room when nothing has been captured yet; and again, or at once, when its pools are there, for the
+kernels that a backend compiles for a pool's own size.
 """
 
 from __future__ import annotations
@@ -16,40 +16,40 @@ from torch import Tensor
 
 from gdn_plugin import ops
 from gdn_plugin.hosts.core import Core
-from gdn_plugin.hosts.vllm.patches.freed_memory import keep_freed_memory
 from gdn_plugin.ops import ahead
 
-# Below vLLM's own logger, so that its handlers and its level apply.
-_log = logging.getLogger("vllm.gdn_plugin")
 _done: set[tuple[object, ...]] = set()
 _ready = 0  # what `ops.compile_count` said when the last warm-up ended
 
 
-def warm_up(core: Core, device: torch.device) -> None:
-    """Compile what a layer of this shape can reach. Once a process for each shape, choice and device."""
+def warm_up(core: Core, device: torch.device, log: logging.Logger) -> None:
+    """Compile what a layer of this shape can reach. Once a process for each shape, choice and device.
+
+    Args:
+        log: the host's room's, which its engine shows.
+    """
     global _ready
     if not _first(core, device):
         return
-    if device.type == "cpu":
-        keep_freed_memory()
     began = time.perf_counter()
     for choice in core.selection.choices.values():
         ops.warm_up(choice.problem, backend=choice.name, device=device.type)
     count = ops.compile_count()
     before = ahead.totals
-    _log.info(
+    log.info(
         "gdn_plugin: warmed up in %.1f s, %d kernels in this process; %d were compiled ahead and %d found, in %.1f s",
         time.perf_counter() - began, count, before.made, before.found, before.seconds,
     )  # fmt: skip
     _ready = count
-    _tell_at_the_end()
+    _tell_at_the_end(log)
 
 
-def warm_up_pool(core: Core, state: Tensor) -> None:
+def warm_up_pool(core: Core, state: Tensor, log: logging.Logger) -> None:
     """Compile what is compiled for the pool's own size and strides. Once a process for each layout of a pool.
 
     Args:
-        state: the layer's state pool, as the host has just bound it; its null block may be written.
+        state: the layer's state pool, as the host has allocated it; its rows up to null_index may be written.
+        log: as above.
     Raises:
         Whatever the compiler of a backend that was asked for by name raises. Under auto that is logged, and the kernels
         are compiled by the first steps.
@@ -63,17 +63,17 @@ def warm_up_pool(core: Core, state: Tensor) -> None:
         except Exception as exc:  # a compiler may raise anything, and what auto chose must not stop the engine here
             if choice.request != "auto":
                 raise
-            _log.warning("gdn_plugin: %s on %s was not compiled ahead: %s", choice.problem.op, choice.name, exc)
+            log.warning("gdn_plugin: %s on %s was not compiled ahead: %s", choice.problem.op, choice.name, exc)
     _ready = ops.compile_count()
 
 
 @functools.cache
-def _tell_at_the_end() -> None:
+def _tell_at_the_end(log: logging.Logger) -> None:
     """From now on: when the process ends in order, say how many kernels serving has compiled. It should be none."""
 
     def tell() -> None:
         since = ops.compile_count() - _ready
-        _log.log(logging.WARNING if since else logging.INFO, "gdn_plugin: kernels compiled since start-up: %d", since)
+        log.log(logging.WARNING if since else logging.INFO, "gdn_plugin: kernels compiled since start-up: %d", since)
 
     Finalize(None, tell, exitpriority=0)  # unlike atexit, in processes of multiprocessing too
 
