@@ -43,7 +43,8 @@ def test_every_op_and_pair_of_dims_is_listed():
         for variant in compilation.triton_variants(problem, Platform.simulated("sm_90"))
     ]
     assert len(names) == len(set(names))
-    for kernel in ("conv_prologue", "prefill_solve", "prefill_state", "decode", "fused_decode", "verify"):
+    kernels = ("conv_prologue", "prefill_solve", "prefill_state", "decode", "fused_decode", "verify", "fused_verify")
+    for kernel in kernels:
         for dims in (f"K{K} V{V}" for K in (64, 128, 256) for V in (64, 128, 256)):
             assert any(name.startswith(f"{kernel} {dims} ") for name in names), (kernel, dims)
     for dims in ("K64 V64", "K128 V128", "K256 V256"):

@@ -84,7 +84,7 @@ def test_wrong_results_are_caught(backend, op, factor, why):
     assert not result.ok
 
 
-@pytest.mark.parametrize("op", ["prefill", "decode", "fused_decode", "verify"])
+@pytest.mark.parametrize("op", ["prefill", "decode", "fused_decode", "verify", "fused_verify"])
 def test_a_wrong_state_is_caught(backend, op):
     result = selfcheck.run(backend(wrong(op, lambda named: named["state"].mul_(1.5))), problem(op), "cpu")
     assert f"state of {op} is off" in result.failure

@@ -1,13 +1,14 @@
 """A layer's step on chosen backends: conv, gates, recurrence and gated norm of a batch. Knows tensors, and no host.
 
-Launches: a prefill part is conv_prologue, prefill and gated_norm; a decode part fused_decode, or conv_prologue, decode
-and gated_norm where the decode backend has no fused kernel; a speculative part conv_prologue, verify and gated_norm. In
-what form a backend takes its arguments is said by its row (`Wants`).
+Launches: a prefill part is conv_prologue, prefill and gated_norm; a decode part fused_decode and a speculative part
+fused_verify, or conv_prologue, decode or verify, and gated_norm where the phase's backend has no fused kernel. In what
+form a backend takes its arguments is said by its row (`Wants`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,8 @@ class Shape:
         Speculative batches count as ragged: drafts end early, at a stop, at the length limit, or where a drafter has no
         more to say.
         """
-        used = ["conv_prologue", "prefill", "decode", "fused_decode", *(["verify"] if self.spec_tokens else [])]
+        used = ["conv_prologue", "prefill", "decode", "fused_decode"]
+        used += ["verify", "fused_verify"] if self.spec_tokens else []
         problems = {
             op: Problem(
                 op,
@@ -65,8 +67,8 @@ class Shape:
                 head_v_dim=self.head_v_dim,
                 padded_pool=self.padded_pool,
                 checkpoints=self.checkpoints and op == "prefill",
-                max_spec_tokens=self.spec_tokens if op in ("verify", "conv_prologue") else 0,
-                ragged=op == "verify",
+                max_spec_tokens=self.spec_tokens if op in ("conv_prologue", "verify", "fused_verify") else 0,
+                ragged=op in ("verify", "fused_verify"),
                 padding=self.padding if op in ("prefill", "decode", "verify") else "any",
                 bias_dtype="" if op == "prefill" else self.bias_dtype,
                 qk_l2norm=False if op in ("prefill", "decode", "verify") else None,  # conv_prologue has done it
@@ -113,7 +115,7 @@ class Core:
     def __init__(self, shape: Shape, selection: Selection) -> None:
         self.shape = shape
         self.selection = selection
-        self._fuse_decode = selection.fuse_decode
+        self._fused = {phase for phase in ("decode", "verify") if selection.fuses(phase)}
 
     def run(
         self,
@@ -155,8 +157,7 @@ class Core:
         norm: GatedNorm | None,
     ) -> None:
         mixed_qkv, a, b, out = (x[: part.count] for x in (mixed_qkv, a, b, out))
-        z = norm.z[: part.count] if norm is not None else None
-        if self._fuse_decode:
+        if "decode" in self._fused:
             ops.fused_decode(
                 mixed_qkv,
                 p.conv_weight,
@@ -168,16 +169,9 @@ class Core:
                 p.dt_bias,
                 p.state,
                 part.state_indices,
-                num_k_heads=self.shape.num_k_heads,
-                head_k_dim=self.shape.head_k_dim,
-                head_v_dim=self.shape.head_v_dim,
-                z=z,
-                norm_weight=norm.weight if norm is not None else None,
-                norm_eps=norm.eps if norm is not None else 1e-6,
-                gate=norm.gate if norm is not None else "silu",
+                **self._fused_arguments(norm, None, part.count),
                 out=out,
                 zero_padding=part.padded,
-                null_index=self.shape.null_index,
             )
             return
         q, k, v, _, _ = self._prologue(mixed_qkv, a, b, p, part.state_indices, part.cu_seqlens)
@@ -265,39 +259,59 @@ class Core:
         norm: GatedNorm | None,
     ) -> None:
         mixed_qkv, a, b = (_take(x, part.tokens, 0, part.count) for x in (mixed_qkv, a, b))
-        # A sequence that nothing has been computed of starts from its first row, which may hold another user's state:
-        # the prologue zeroes it, in the launch it makes anyway.
-        q, k, v, _, _ = self._prologue(
-            mixed_qkv,
-            a,
-            b,
-            p,
-            part.state_indices[:, 0],
-            part.cu_seqlens,
-            has_initial_state=part.has_initial_state,
-            num_accepted_tokens=part.num_accepted_tokens,
-            zero_fresh_rows=True,
-        )
         target = _target(out, part.tokens, 0, part.count)
-        ops.verify(
-            q,
-            k,
-            v,
-            a,
-            b,
-            p.A_log,
-            p.dt_bias,
-            p.state,
-            part.state_indices,
-            part.num_accepted_tokens,
-            part.cu_seqlens,
-            use_qk_l2norm=False,
-            out=target,
-            zero_padding=part.padded,
-            null_index=self.shape.null_index,
-            padding=self.shape.padding,
-        )
-        self._norm(norm, target, part.tokens)
+        if "verify" in self._fused:
+            ops.fused_verify(
+                mixed_qkv,
+                p.conv_weight,
+                p.conv_bias,
+                p.conv_state,
+                a,
+                b,
+                p.A_log,
+                p.dt_bias,
+                p.state,
+                part.state_indices,
+                part.num_accepted_tokens,
+                part.cu_seqlens,
+                has_initial_state=part.has_initial_state,
+                **self._fused_arguments(norm, part.tokens, part.count),
+                out=target,
+                zero_padding=part.padded,
+            )
+        else:
+            # A sequence that nothing has been computed of starts from its first row, which may hold another user's
+            # state: the prologue zeroes it, in the launch it makes anyway.
+            q, k, v, _, _ = self._prologue(
+                mixed_qkv,
+                a,
+                b,
+                p,
+                part.state_indices[:, 0],
+                part.cu_seqlens,
+                has_initial_state=part.has_initial_state,
+                num_accepted_tokens=part.num_accepted_tokens,
+                zero_fresh_rows=True,
+            )
+            ops.verify(
+                q,
+                k,
+                v,
+                a,
+                b,
+                p.A_log,
+                p.dt_bias,
+                p.state,
+                part.state_indices,
+                part.num_accepted_tokens,
+                part.cu_seqlens,
+                use_qk_l2norm=False,
+                out=target,
+                zero_padding=part.padded,
+                null_index=self.shape.null_index,
+                padding=self.shape.padding,
+            )
+            self._norm(norm, target, part.tokens)
         if part.tokens is not None:
             out.index_copy_(0, part.tokens, target)
 
@@ -312,6 +326,19 @@ class Core:
         if rows.is_contiguous() or not self.selection[op].backend.wants.dense_rows:
             return rows
         return batch.shared.get(op, self, rows.contiguous)
+
+    def _fused_arguments(self, norm: GatedNorm | None, tokens: Tensor | None, count: int) -> dict[str, Any]:
+        """What the fused ops take beside tensors and rows: the layer's sizes, and the gated norm of a part's tokens."""
+        sizes = {
+            "num_k_heads": self.shape.num_k_heads,
+            "head_k_dim": self.shape.head_k_dim,
+            "head_v_dim": self.shape.head_v_dim,
+            "null_index": self.shape.null_index,
+        }
+        if norm is None:
+            return sizes
+        z = _take(norm.z, tokens, 0, count)
+        return sizes | {"z": z, "norm_weight": norm.weight, "norm_eps": norm.eps, "gate": norm.gate}
 
     def _norm(self, norm: GatedNorm | None, x: Tensor, tokens: Tensor | None = None, first: int = 0) -> None:
         """The gated norm of a part without a fused kernel, in place."""

@@ -51,6 +51,7 @@ __all__ = [
     "conv_prologue",
     "decode",
     "fused_decode",
+    "fused_verify",
     "gated_norm",
     "prefill",
     "resolve",
@@ -285,6 +286,56 @@ def verify(
             num_accepted_tokens is not read. A row that another sequence writes in this call must not be among them.
             Layers can share them, and FlashInfer's kernel needs no other launch then.
         scale: on the output; None is K^-0.5.
+    Returns:
+        out [T, Hv, V]: the buffer given, or a new one.
+    """
+
+
+@public(OPS["fused_verify"])
+def fused_verify(
+    mixed_qkv: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    num_accepted_tokens: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    has_initial_state: Tensor | None = None,
+    start_rows: Tensor | None = None,
+    scale: float | None = None,
+    z: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: str = "silu",
+    null_index: int = -1,
+    zero_padding: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """The whole step of speculative tokens: conv_prologue, verify and, with z, the gated RMSNorm behind it.
+
+    Args:
+        mixed_qkv, conv_weight, conv_bias, a, b, A_log, dt_bias: as in conv_prologue.
+        conv_state: [N, dim, W-2+S or more]; rows state_indices[:, 0], columns as num_accepted_tokens of conv_prologue
+            says. Columns behind this step's inputs are left alone.
+        state_indices: [B, S] int32, any row stride, unique; as in verify. A sequence whose first row, or the row that
+            it would start from, is padding is padding.
+        num_accepted_tokens: [B] int32, 1..S.
+        cu_seqlens: [B+1]; sequences of at most S tokens.
+        has_initial_state: [B] bool; False starts from a zero state and zero history whatever the rows hold, and reads
+            neither num_accepted_tokens nor start_rows. None: all True.
+        start_rows: [B] int32, as in verify, for the state; the history follows num_accepted_tokens all the same.
+        z, norm_weight, norm_eps, gate: as in fused_decode, z [T, Hv, V] or interleaved.
+        scale: on the delta rule's output; None is K^-0.5.
     Returns:
         out [T, Hv, V]: the buffer given, or a new one.
     """

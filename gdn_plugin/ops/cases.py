@@ -25,6 +25,7 @@ WIDTH = 4  # of the convolution, as in every published GDN model
 CHECKPOINT_EVERY = 64
 NAN = float("nan")
 _ALIGN = 64  # bytes
+_OF_PROJECTIONS = ("conv_prologue", "fused_decode", "fused_verify")  # take slices of what a projection gives
 _Parts = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape of a row, dtype)
 
 
@@ -262,6 +263,11 @@ class _Maker:
     def indices(self, rows: Sequence[int], stride: int) -> Tensor:
         wide = [x for row in rows for x in (row, *[-(2**31)] * (stride - 1))]
         return self.tensor(wide, torch.int32)[::stride]
+
+    def table(self, rows: Sequence[Sequence[int]], stride: int, slots: int) -> Tensor:
+        """[B, S] int32, its rows stride - 1 columns further apart than S."""
+        wide = [x for own in rows for x in (*own, *[-(2**31)] * (stride - 1))]
+        return self.tensor(wide, torch.int32).view(len(rows), slots + stride - 1)[:, :slots]
 
     def columns(self, rows: int, widths: Sequence[int], dtype: torch.dtype, gap: int) -> list[Tensor]:
         """Normal tensors [rows, w] per width: slices of one projection when gap > 0, NaN in the gaps between them."""
@@ -663,9 +669,8 @@ def verify_case(
         for i, own in enumerate(rows)
     ]
     origins = [own[n - 1] for own, n in zip(named, accepted, strict=True)]
-    wide = [x for own in named for x in (*own, *[-(2**31)] * (index_stride - 1))]
     args |= {
-        "state_indices": m.tensor(wide, torch.int32).view(batch, slots + index_stride - 1)[:, :slots],
+        "state_indices": m.table(named, index_stride, slots),
         "num_accepted_tokens": m.tensor([99] * batch if start_rows else accepted, torch.int32),
         "cu_seqlens": m.offsets(lens, offsets_dtype),
         "start_rows": m.tensor(origins, torch.int32) if start_rows else None,
@@ -673,6 +678,73 @@ def verify_case(
     }  # fmt: skip
     outputs = {"out": ((tokens, hv, heads.v_dim), io_dtype)}
     return Case("verify", io_dtype, args, pools, written, outputs, live_tokens, free)
+
+
+def fused_verify_case(
+    lens: Sequence[int] = (3, 1, 4, 0), heads: Heads = SMALL, io_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32, *, slots: int = 4, accepted: Sequence[int] | None = None,
+    null_slots: Sequence[tuple[int, int]] = (), start_rows: bool = False, fresh: Sequence[int] | None = (),
+    padding: Sequence[int] = (), pad_tokens: int = 0, conv_dtype: torch.dtype | None = None, width: int = WIDTH,
+    layout: str = "DS", shared: bool = False, bias: bool = True, norm: bool = True, gate: str = "silu",
+    extra_columns: int = 0, pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
+    gate_dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None, null_index: int = -1,
+    offsets_dtype: torch.dtype = torch.int32, interleaved: bool = False, device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Case:  # fmt: skip
+    """The whole step of speculative tokens: keywords as of conv_prologue_case, verify_case and fused_decode_case.
+
+    Args:
+        accepted: by default 1, 2, ... in turn, of fresh sequences too, where it must not be read.
+        null_slots: (sequence, token); not its first row, nor the one that it starts from.
+        start_rows: hand over the rows to start from; those of fresh sequences lead nowhere.
+        extra_columns: of conv_state, past the W-2+S that the op needs.
+    """
+    m = _Maker(device, seed)
+    batch, hv = len(lens), heads.v_heads
+    tokens = sum(lens) + pad_tokens
+    gate_dtype = gate_dtype or io_dtype
+    accepted = [1 + i % slots for i in range(batch)] if accepted is None else list(accepted)
+    mixed, z = m.columns(tokens, (heads.conv_dim, hv * heads.v_dim), io_dtype, gap)
+    if interleaved:
+        mixed, z = m.interleaved_qkvz(heads, mixed, z, gap)
+    else:
+        z = z.unflatten(1, (hv, heads.v_dim))
+    args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
+    args |= m.gates(tokens, heads, gate_dtype, gap, bias_dtype, interleaved)
+    live = m.live(lens, tokens, padding)
+    m.poison(live, (mixed, z, args["a"], args["b"]))
+    count = batch * slots + 3 if pool_rows is None else pool_rows
+    columns = width - 2 + slots + extra_columns
+    pools = _conv_pools(m, count, heads, columns, conv_dtype or io_dtype, state_dtype, layout, page_tail, shared)
+    flat = m.rows(batch * slots, count, null_index)
+    rows = [flat[i * slots : (i + 1) * slots] for i in range(batch)]
+    active = [i for i in range(batch) if i not in padding and lens[i] > 0]
+    started = [i for i in active if i not in (fresh or ())]
+    for i in started:
+        m.fill(pools["conv_state"], [rows[i][0]], accepted[i] - 1, width - 1)
+    m.fill(pools["state"], [rows[i][accepted[i] - 1] for i in started])
+    wanted = {(i, t) for i in active for t in range(lens[i])} - set(null_slots)
+    named = [
+        [null_index if i in padding or (i, t) in null_slots else row for t, row in enumerate(own)]
+        for i, own in enumerate(rows)
+    ]
+    origins = [2**31 - 1 if i in (fresh or ()) else named[i][n - 1] for i, n in enumerate(accepted)]
+    args |= {
+        "state_indices": m.table(named, index_stride, slots),
+        "num_accepted_tokens": m.tensor(accepted, torch.int32),
+        "cu_seqlens": m.offsets(lens, offsets_dtype), "has_initial_state": m.initial(batch, fresh),
+        "start_rows": m.tensor(origins, torch.int32) if start_rows else None,
+        "num_k_heads": heads.k_heads, "head_k_dim": heads.k_dim, "head_v_dim": heads.v_dim,
+        "scale": heads.k_dim**-0.5, "z": z if norm else None,
+        "norm_weight": (1 + 0.1 * m.normal(heads.v_dim)).to(m.device, io_dtype) if norm else None,
+        "norm_eps": 1e-6, "gate": gate, "null_index": null_index,
+    }  # fmt: skip
+    written = {
+        "conv_state": {rows[i][0]: width - 2 + lens[i] for i in active},
+        "state": {rows[i][t]: heads.k_dim for i, t in sorted(wanted)},
+    }
+    outputs = {"out": ((tokens, hv, heads.v_dim), io_dtype)}
+    return Case("fused_verify", io_dtype, args, pools, written, outputs, live)
 
 
 def gated_norm_case(
@@ -733,6 +805,7 @@ def case(
         "decode": (decode_case, (sum(lens), heads, io, state)),
         "fused_decode": (fused_decode_case, (sum(lens), heads, io, state)),
         "verify": (verify_case, (lens, heads, io, state)),
+        "fused_verify": (fused_verify_case, (lens, heads, io, state)),
         "gated_norm": (gated_norm_case, (sum(lens), heads, io)),
     }
     maker, first = makers[p.op]
@@ -741,7 +814,7 @@ def case(
     facts: dict[str, Any] = {
         "device": device,
         "seed": seed,
-        "gap": gap if p.op in ("conv_prologue", "fused_decode") or (p.strided and not wants.contiguous) else 0,
+        "gap": gap if p.op in _OF_PROJECTIONS or (p.strided and not wants.contiguous) else 0,
         "page_tail": page_tail,
         "promise": promise,
         "null_index": 0 if promise == "scratch" else -1,
@@ -752,7 +825,7 @@ def case(
         "layout": "SD",
         "shared": p.padded_pool,
         "bias": False,
-        "extra_columns": max(p.max_spec_tokens - 1, 0),
+        "extra_columns": max(p.max_spec_tokens - 1, 0) if p.op != "fused_verify" else 0,  # its slots say it
         "accepted": [1 + i % p.max_spec_tokens for i in range(len(lens))] if p.max_spec_tokens else None,
         "slots": max(p.max_spec_tokens, *lens, 1),
         "exp_gate": p.op == "prefill" and wants.exp_gate,

@@ -230,7 +230,7 @@ def facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...]
     slots, ragged = 0, False
     if "S" in record.letters:
         slots = index(record.size("S", arguments))
-        even = arguments["padding"] == "none" and lead.shape[0] == slots * arguments["state_indices"].shape[0]
+        even = arguments.get("padding") == "none" and lead.shape[0] == slots * arguments["state_indices"].shape[0]
         ragged = not even
     elif arguments.get("num_accepted_tokens") is not None:
         slots = index(arguments["conv_state"].shape[2] - arguments["conv_weight"].shape[1] + 2)

@@ -255,11 +255,11 @@ def _norm(arguments: Mapping[str, Any]) -> tuple[str, str, Any] | None:
 
 
 _DIM = "2*Hk*K+Hv*V"
+_CONV_STATE = _tensor("conv_state", f"Nc {_DIM} W-1..", FLOATS, CONV_ROWS, mutated=True)
 _CONV = (
     _tensor("mixed_qkv", f"T {_DIM}", layout=INNER, interleaved="T Hk 2*K+Hv/Hk*V"),
     _tensor("conv_weight", f"{_DIM} W", IO_OR_FP32),
     _tensor("conv_bias", _DIM, IO_OR_FP32, DENSE, optional=True),
-    _tensor("conv_state", f"Nc {_DIM} W-1..", FLOATS, CONV_ROWS, mutated=True),
 )
 _HEADS = tuple(
     Argument(name, "int", (letter,), minimum=1)
@@ -281,10 +281,19 @@ _L2NORM = Argument("use_qk_l2norm", "bool", default=True)
 _EXP_GATE = Argument("exp_gate", "bool", default=False)
 _NULL_INDEX = Argument("null_index", "int", minimum=-1, default=-1)
 _PADDING = Argument("padding", "str", choices=PADDING, default="any", hint=True)
+_SLOTS = _tensor("state_indices", "B S", INT32, INNER)
+_ACCEPTED = _tensor("num_accepted_tokens", "B", INT32, DENSE)
+_START_ROWS = _tensor("start_rows", "B", INT32, DENSE, optional=True, default=None)
 # Of the `_out` forms: what an op returns has zeros in these rows in any case.
 _ZERO_PADDING = Argument("zero_padding", "bool", default=False)
 _NORM_EPS = Argument("norm_eps", "float", minimum=0, default=1e-6)
 _GATE = Argument("gate", "str", choices=("silu", "sigmoid"), default="silu")
+_GATED_NORM = (
+    _tensor("z", "T Hv V", layout=INNER, interleaved="T Hk Hv/Hk V", optional=True, default=None),
+    _tensor("norm_weight", "V", IO_OR_FP32, DENSE, optional=True, default=None),
+    _NORM_EPS,
+    _GATE,
+)
 _OUT = _tensor("out", "T Hv V", layout=DENSE)
 
 OPS: Mapping[str, Op] = {
@@ -294,6 +303,7 @@ OPS: Mapping[str, Op] = {
             "conv_prologue",
             (
                 *_CONV,
+                _CONV_STATE,
                 _tensor("state_indices", "B", INT32),
                 _CU_SEQLENS,
                 _HAS_INITIAL_STATE,
@@ -301,7 +311,7 @@ OPS: Mapping[str, Op] = {
                 *_HEADS,
                 replace(_STATE, optional=True, default=None),
                 _EXP_GATE,
-                _tensor("num_accepted_tokens", "B", INT32, DENSE, optional=True, default=None),
+                replace(_ACCEPTED, optional=True, default=None),
                 _NULL_INDEX,
             ),
             (
@@ -357,15 +367,13 @@ OPS: Mapping[str, Op] = {
             "fused_decode",
             (
                 *_CONV,
+                _CONV_STATE,
                 *_GATES,
                 _STATE,
                 _tensor("state_indices", "T", INT32),
                 *_HEADS,
                 _SCALE,
-                _tensor("z", "T Hv V", layout=INNER, interleaved="T Hk Hv/Hk V", optional=True, default=None),
-                _tensor("norm_weight", "V", IO_OR_FP32, DENSE, optional=True, default=None),
-                _NORM_EPS,
-                _GATE,
+                *_GATED_NORM,
                 _NULL_INDEX,
                 _ZERO_PADDING,
             ),
@@ -378,10 +386,10 @@ OPS: Mapping[str, Op] = {
                 *_QKV,
                 *_GATES,
                 _STATE,
-                _tensor("state_indices", "B S", INT32, INNER),
-                _tensor("num_accepted_tokens", "B", INT32, DENSE),
+                _SLOTS,
+                _ACCEPTED,
                 _CU_SEQLENS,
-                _tensor("start_rows", "B", INT32, DENSE, optional=True, default=None),
+                _START_ROWS,
                 _SCALE,
                 _L2NORM,
                 _NULL_INDEX,
@@ -390,6 +398,27 @@ OPS: Mapping[str, Op] = {
             ),
             (_OUT,),
             (_multiple_of_heads, _at_least_one_element, _slots, _scratch),
+        ),
+        Op(
+            "fused_verify",
+            (
+                *_CONV,
+                replace(_CONV_STATE, shape=("Nc", _DIM, "W+S-2..")),
+                *_GATES,
+                _STATE,
+                _SLOTS,
+                _ACCEPTED,
+                _CU_SEQLENS,
+                *_HEADS,
+                replace(_HAS_INITIAL_STATE, default=None),
+                _START_ROWS,
+                _SCALE,
+                *_GATED_NORM,
+                _NULL_INDEX,
+                _ZERO_PADDING,
+            ),
+            (_OUT,),
+            (_multiple_of_heads, _width, _slots, _norm),
         ),
         Op(
             "gated_norm",

@@ -162,6 +162,7 @@ def small_case(row: Backend, problem: Problem, device: str) -> cases.Case:
         "prefill": [67, 0, 5, 2],  # fresh in a poisoned row, empty, carried, padding with tokens
         "conv_prologue": [5, 0, 2, 2] if not problem.max_spec_tokens else [spec, 0, 1, 1],
         "verify": [spec, spec, spec] if not problem.ragged else [spec, 1, 1],
+        "fused_verify": [1, spec, 0, 1],  # fresh, carried, empty, padding
     }.get(problem.op, [1, 1, 1])
     last = len(lens) - 1
     return cases.case(

@@ -24,16 +24,18 @@ def check(op: str, arguments: Mapping[str, Any]) -> None:
     rows = arguments.get("state_indices")
     if rows is None:
         return
-    pools = [arguments[name].shape[0] for name in ("state", "conv_state") if arguments.get(name) is not None]
     null_index = arguments["null_index"]
-    _rows(op, rows, min(pools), null_index)
+    if arguments.get("state") is not None:
+        _rows(op, rows, arguments["state"].shape[0], null_index)
+    if arguments.get("conv_state") is not None:
+        _rows(op, rows if rows.dim() == 1 else rows[:, 0], arguments["conv_state"].shape[0], null_index)
     tokens = rows.shape[0]
     lens = [1] * tokens
     if "cu_seqlens" in arguments:
-        tokens = arguments["q" if op != "conv_prologue" else "mixed_qkv"].shape[0]
+        tokens = arguments["mixed_qkv" if "mixed_qkv" in arguments else "q"].shape[0]
         lens = _offsets(op, arguments["cu_seqlens"], tokens)
-    if op == "verify":
-        _speculative(op, arguments, lens, rows.shape[1], pools[0])
+    if rows.dim() == 2:
+        _speculative(op, arguments, lens, rows.shape[1])
         rows = rows[:, 0]
     elif arguments.get("num_accepted_tokens") is not None:
         most = arguments["conv_state"].shape[2] - arguments["conv_weight"].shape[1] + 2
@@ -79,15 +81,18 @@ def _offsets(op: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
     return lens
 
 
-def _speculative(op: str, arguments: Mapping[str, Any], lens: list[int], slots: int, pool_rows: int) -> None:
+def _speculative(op: str, arguments: Mapping[str, Any], lens: list[int], slots: int) -> None:
     _at_most(op, lens, slots)
-    starts = arguments["start_rows"]
-    if starts is None:
+    starts, initial = arguments["start_rows"], arguments.get("has_initial_state")
+    if starts is None or "conv_state" in arguments:
         _between(op, "num_accepted_tokens", arguments["num_accepted_tokens"], 1, slots)
+    if starts is None:
         return
-    # Those of empty sequences are not read, and two may be one.
-    for row, length in zip(starts.tolist(), lens, strict=True):
-        if length > 0 and row >= pool_rows:
+    # Those of empty sequences and of fresh ones are not read, and two may be one.
+    pool_rows = arguments["state"].shape[0]
+    carried = [True] * len(lens) if initial is None else initial.tolist()
+    for row, length, read in zip(starts.tolist(), lens, carried, strict=True):
+        if length > 0 and read and row >= pool_rows:
             fail(op, "start_rows", f"rows below N = {pool_rows}", row)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify", "gated_norm")
+OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify", "fused_verify", "gated_norm")
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 PHASE_OF_OP = {
@@ -13,6 +13,7 @@ PHASE_OF_OP = {
     "decode": "decode",
     "fused_decode": "decode",
     "verify": "verify",
+    "fused_verify": "verify",
     "gated_norm": "prefill",
 }
 # What a caller says of rows <= null_index, weakest promise first; see the `padding` argument of the ops.
@@ -95,7 +96,7 @@ class Problem:
 
     @property
     def phase(self) -> str:
-        """The user's phase this op belongs to: conv_prologue to prefill, fused_decode to decode."""
+        """The user's phase this op belongs to: conv_prologue to prefill, fused_decode to decode, and so on."""
         return PHASE_OF_OP[self.op]
 
     def __str__(self) -> str:

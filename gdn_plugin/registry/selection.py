@@ -42,16 +42,14 @@ class Selection:
     def __contains__(self, op: object) -> bool:
         return op in self.choices
 
-    @property
-    def fuse_decode(self) -> bool:
-        """Whether a decode step should go through fused_decode.
+    def fuses(self, phase: str) -> bool:
+        """Whether a step of a phase ("decode", "verify") should go through its fused op.
 
-        True where the backend that serves decode also offers fused_decode: the fused step must not take the
-        work away from a backend that was asked for by name and has no fused kernel.
+        True where the backend that serves the phase was chosen for the fused op too: the fused step must not take the
+        work away from a backend that was asked for by name, or is the best, and has no fused kernel.
         """
-        if "fused_decode" not in self.choices:
-            return False
-        return "decode" not in self.choices or self.choices["fused_decode"].name == self.choices["decode"].name
+        fused = self.choices.get(f"fused_{phase}")
+        return fused is not None and (phase not in self.choices or fused.name == self.choices[phase].name)
 
     def backends(self) -> dict[str, str]:
         """The chosen backend's name by op."""
@@ -71,9 +69,9 @@ def select(
 ) -> Selection:
     """Resolve every op of a layer.
 
-    conv_prologue follows the request for prefill, and fused_decode that for decode, where a backend that was
-    asked for offers the op and can run it; otherwise they are chosen by auto, since the user named a backend for
-    the phase and not for these.
+    conv_prologue and gated_norm follow the request for prefill, fused_decode that for decode and fused_verify that for
+    verify, where a backend that was asked for offers the op and can run it; otherwise they are chosen by auto, since
+    the user named a backend for the phase and not for these.
 
     Args:
         problems: by op; an op that is left out is not resolved.

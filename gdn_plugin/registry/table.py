@@ -261,6 +261,11 @@ TABLE: Mapping[str, tuple[Backend, ...]] = {
         _torch("verify"),
         _reference("verify"),
     ),
+    "fused_verify": (
+        _triton("fused_verify"),
+        _torch("fused_verify"),
+        _reference("fused_verify"),
+    ),
     "gated_norm": (
         _triton("gated_norm"),
         _cpu("gated_norm"),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn_plugin import child
-from gdn_plugin.registry import OPS, Platform, Problem, load, rows
+from gdn_plugin.registry import OPS, PHASE_OF_OP, Platform, Problem, load, rows
 from gdn_plugin.tools.compile_flashinfer import ARCHS, arch_list
 
 SMS = (80, 90, 100, 103, 120)
@@ -63,7 +63,7 @@ def triton_problems(num_k_heads: int = 16, num_v_heads: int = 32) -> list[Proble
     norms = {(io, "float32", V, V) for io, _, _, V in cases}  # gated_norm has neither a state nor a K
     return [
         Problem(op, io, state, num_k_heads, num_v_heads, K, V, padded_pool=True,
-                max_spec_tokens=4 if op == "verify" else 0)
+                max_spec_tokens=4 if PHASE_OF_OP[op] == "verify" else 0)
         for op in OPS
         for io, state, K, V in (sorted(norms) if op == "gated_norm" else cases)
     ]  # fmt: skip

@@ -52,7 +52,7 @@ SETTINGS = {
     INFERENCE_POOLS: lambda device: contextlib.nullcontext(),
     "threads": lambda device: changed(torch.get_num_threads, torch.set_num_threads, 3),
 }
-OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify", "gated_norm")
+OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify", "fused_verify", "gated_norm")
 TABLE = [(op, name) for op in OPS for name in SETTINGS]
 
 
@@ -63,6 +63,8 @@ def build(site, op: str) -> cases.Case:  # noqa: F811
         return cases.prefill_case((70, 2, 1), **more, **keywords)
     if op == "verify":
         return cases.verify_case((4, 0, 2), padding=(2,), **keywords)
+    if op == "fused_verify":
+        return cases.fused_verify_case((4, 0, 2, 1), fresh=(3,), padding=(2,), **keywords)
     if op == "conv_prologue":
         return cases.conv_prologue_case((6, 1, 2), fresh=(1,), padding=(2,), pad_tokens=2, **keywords)
     if op == "gated_norm":

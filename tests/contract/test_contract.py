@@ -28,11 +28,13 @@ MAKERS = {
     "decode": cases.decode_case,
     "fused_decode": cases.fused_decode_case,
     "verify": cases.verify_case,
+    "fused_verify": cases.fused_verify_case,
     "gated_norm": cases.gated_norm_case,
 }
 
-PROJECTED = ("conv_prologue", "decode", "fused_decode", "verify", "gated_norm")
-STATE_OPS = ("prefill", "decode", "fused_decode", "verify", "conv_prologue")
+STATE_OPS = ("prefill", "decode", "fused_decode", "verify", "fused_verify", "conv_prologue")
+CONV_OPS = ("conv_prologue", "fused_decode", "fused_verify")
+PROJECTED = (*CONV_OPS, "decode", "verify", "gated_norm")
 # The keyword features that mean the same for several ops: name -> (ops, keywords).
 SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": (tuple(MAKERS), {}),
@@ -42,7 +44,7 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "dense pools": (STATE_OPS, {"page_tail": 0}),
     "unaligned pools": (STATE_OPS, {"page_tail": 3}),
     "wide pages": (STATE_OPS, {"page_tail": 4096}),
-    "fp32 gates": (("conv_prologue", "decode", "fused_decode", "verify"), {"io_dtype": BF16, "gate_dtype": FP32}),
+    "fp32 gates": ((*CONV_OPS, "decode", "verify"), {"io_dtype": BF16, "gate_dtype": FP32}),
     **{
         f"{str(io)[6:]}, state {str(state)[6:]}": (STATE_OPS, {"io_dtype": io, "state_dtype": state})
         for io in (FP32, BF16, HALF)
@@ -53,7 +55,7 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "interleaved": (PROJECTED, {"interleaved": True, "heads": (1, 2), "io_dtype": BF16, "gate_dtype": FP32}),
     "interleaved, strided": (PROJECTED, {"interleaved": True, "heads": (3, 6), "gap": 3, "io_dtype": BF16}),
     "interleaved, padding": (
-        ("conv_prologue", "decode", "fused_decode", "verify"),
+        (*CONV_OPS, "decode", "verify"),
         {"interleaved": True, "padding": (0, 2), "gap": 64, "index_stride": 3},
     ),
     # The sequences that a feature names are those of the lens below.
@@ -67,21 +69,21 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"padding": (1, 3), "promise": "scratch", "io_dtype": BF16, "state_dtype": BF16},
     ),
     "no padding": (("prefill", "decode", "verify"), {"promise": "none"}),
-    "tokens past the end": (("prefill", "verify", "conv_prologue"), {"pad_tokens": 70}),
-    "int64 offsets": (("prefill", "verify", "conv_prologue"), {"offsets_dtype": INT64}),
-    "no sequences": (("prefill", "verify", "conv_prologue"), {"lens": (), "pad_tokens": 3}),
-    "no tokens": (("prefill", "verify", "conv_prologue"), {"lens": (0, 0)}),
-    "nothing": (("prefill", "verify", "conv_prologue"), {"lens": ()}),
+    "tokens past the end": (("prefill", "verify", "fused_verify", "conv_prologue"), {"pad_tokens": 70}),
+    "int64 offsets": (("prefill", "verify", "fused_verify", "conv_prologue"), {"offsets_dtype": INT64}),
+    "no sequences": (("prefill", "verify", "fused_verify", "conv_prologue"), {"lens": (), "pad_tokens": 3}),
+    "no tokens": (("prefill", "verify", "fused_verify", "conv_prologue"), {"lens": (0, 0)}),
+    "nothing": (("prefill", "verify", "fused_verify", "conv_prologue"), {"lens": ()}),
     "no batch": (("decode", "fused_decode"), {"batch": 0}),
     "one": (("decode", "fused_decode"), {"batch": 1}),
-    "DS layout": (("conv_prologue", "fused_decode"), {"layout": "DS", "extra_columns": 2}),
-    "SD layout": (("conv_prologue", "fused_decode"), {"layout": "SD", "extra_columns": 2}),
-    "shared pages": (("conv_prologue", "fused_decode"), {"layout": "SD", "shared": True, "gap": 64, "io_dtype": BF16}),
-    "fp32 conv_state": (("conv_prologue", "fused_decode"), {"io_dtype": BF16, "conv_dtype": FP32}),
-    "fp16 conv_state": (("conv_prologue", "fused_decode"), {"io_dtype": BF16, "conv_dtype": HALF}),
-    "no bias": (("conv_prologue", "fused_decode"), {"bias": False}),
-    "width 2": (("conv_prologue", "fused_decode"), {"width": 2}),
-    "width 3": (("conv_prologue", "fused_decode"), {"width": 3, "layout": "SD"}),
+    "DS layout": (CONV_OPS, {"layout": "DS", "extra_columns": 2}),
+    "SD layout": (CONV_OPS, {"layout": "SD", "extra_columns": 2}),
+    "shared pages": (CONV_OPS, {"layout": "SD", "shared": True, "gap": 64, "io_dtype": BF16}),
+    "fp32 conv_state": (CONV_OPS, {"io_dtype": BF16, "conv_dtype": FP32}),
+    "fp16 conv_state": (CONV_OPS, {"io_dtype": BF16, "conv_dtype": HALF}),
+    "no bias": (CONV_OPS, {"bias": False}),
+    "width 2": (CONV_OPS, {"width": 2}),
+    "width 3": (CONV_OPS, {"width": 3, "layout": "SD"}),
 }
 FRESH = {"fresh": (1, 2), "index_stride": 2}
 OWN: dict[str, dict[str, dict[str, Any]]] = {
@@ -127,6 +129,24 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "start rows": {"start_rows": True, "padding": (2,)},
         "no norm": {"use_qk_l2norm": False},
     },
+    "fused_verify": {
+        **{
+            f"{drafts} drafts": {"lens": (drafts + 1, 1, drafts + 1, drafts), "slots": drafts + 1, "fresh": (2,)}
+            for drafts in range(1, 7)
+        },
+        "one slot": {"lens": (1, 1), "slots": 1},
+        **{f"{n} of 4 accepted": {"lens": (4, 2, 1), "accepted": (n, n, n)} for n in range(1, 5)},
+        "empty between": {"lens": (0, 3, 0, 2)},
+        "fresh rows hold NaN": FRESH,
+        "all fresh": {"fresh": (0, 1, 2, 3)},
+        "has_initial_state None": {"fresh": None},
+        "states that are not wanted": {"null_slots": ((0, 1), (2, 1)), "accepted": (1, 1, 1, 1)},
+        "start rows": {"start_rows": True, "padding": (2,), "fresh": (1,)},
+        "columns to spare": {"extra_columns": 3, "layout": "SD"},
+        "wide convolution": {"width": 8},
+        "sigmoid": {"gate": "sigmoid", "io_dtype": BF16},
+        "no norm": {"norm": False},
+    },
     "conv_prologue": {
         "shorter than the window": {"lens": (1, 2, 3, 4), "fresh": (1,)},
         "long": {"lens": (70, 0, 130), "fresh": (2,)},
@@ -154,7 +174,7 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "no tokens": {"tokens": 0},
     },
 }  # fmt: skip
-LENS = {"prefill": (66, 3, 1, 2), "verify": (3, 1, 4, 2), "conv_prologue": (5, 1, 9, 2)}
+LENS = {"prefill": (66, 3, 1, 2), "verify": (3, 1, 4, 2), "fused_verify": (3, 1, 4, 2), "conv_prologue": (5, 1, 9, 2)}
 TABLE = [(op, name) for name, (of, _) in SHARED.items() for op in of] + [(op, name) for op in OWN for name in OWN[op]]
 
 

@@ -59,6 +59,17 @@ SPOILT: dict[str, tuple[tuple[int, ...], dict[str, tuple[float, ...]]]] = {
             "state": (NAN,),
         },
     ),
+    "fused_verify": (
+        (0, 2, 4, 5),
+        {
+            "mixed_qkv": (NAN, INF),
+            "a": (NAN, INF, -INF),
+            "b": (NAN,),
+            "z": (NAN, INF),
+            "conv_state": (NAN,),
+            "state": (NAN,),
+        },
+    ),
     "conv_prologue": (
         (0, 2, 5, 6),
         {"mixed_qkv": (NAN, INF), "a": (NAN, INF, -INF), "b": (NAN, INF), "conv_state": (NAN, INF)},
@@ -74,6 +85,8 @@ def build(site, op: str) -> cases.Case:  # noqa: F811
         return cases.prefill_case((70, 2, 1), fresh=(1,), checkpoint_every=64, **keywords)
     if op == "verify":
         return cases.verify_case((4, 1, 2), **keywords)
+    if op == "fused_verify":
+        return cases.fused_verify_case((4, 1, 2), fresh=(2,), **keywords)
     if op == "conv_prologue":
         return cases.conv_prologue_case((6, 1, 2), fresh=(1,), **keywords)
     if op == "gated_norm":

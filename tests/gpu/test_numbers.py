@@ -78,6 +78,29 @@ def test_triton_fused_decode_batches(backend_function, layout, norm, batch):
         check(backend_function("triton", "fused_decode"), case)
 
 
+@pytest.mark.parametrize("layout", ["DS", "SD"])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("drafts", [1, 3, 5])
+@pytest.mark.parametrize("batch", [1, 8, 64, 128])
+def test_triton_fused_verify_batches(backend_function, layout, norm, drafts, batch):
+    lens = [1 + (i + drafts) % (drafts + 1) for i in range(batch)]
+    case = cases.fused_verify_case(
+        lens, QWEN, BF16, BF16, slots=drafts + 1, layout=layout, norm=norm, fresh=range(0, batch, 5), device="cuda"
+    )
+    for _ in range(5):  # a race shows as an error that moves
+        check(backend_function("triton", "fused_verify"), case)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=ids)
+@pytest.mark.parametrize("io", [BF16, FP16, FP32], ids=ids)
+@pytest.mark.parametrize("state", [FP32, BF16, FP16], ids=ids)
+def test_triton_fused_verify(backend_function, heads, io, state):
+    case = cases.fused_verify_case(
+        (3, 1, 4, 0, 2), heads, io, state, pad_tokens=3, padding=(4,), fresh=(1,), gap=8, device="cuda"
+    )
+    check(backend_function("triton", "fused_verify"), case)
+
+
 @pytest.mark.parametrize("heads", HEADS, ids=ids)
 @pytest.mark.parametrize("io", [BF16, FP16, FP32], ids=ids)
 @pytest.mark.parametrize("layout", ["DS", "SD"])
@@ -158,7 +181,7 @@ def test_verify_from_start_rows(backend_function, backend, state, batch):
 @pytest.mark.parametrize(
     ("backend", "op", "state_dtype"),
     [
-        *[("triton", op, FP32) for op in ("prefill", "decode", "fused_decode", "verify")],
+        *[("triton", op, FP32) for op in ("prefill", "decode", "fused_decode", "verify", "fused_verify")],
         *[("flashinfer", op, state) for op in ("prefill", "decode") for state in (FP32, BF16)],
     ],
     ids=ids,
@@ -169,22 +192,23 @@ def test_pool_past_int32_offsets(backend_function, backend, op, state_dtype):
     rows = 2**31 // (32 * 128 * 128) + 40
     lens = (65, 3) if op == "prefill" else (3, 2)
     first = 2 if op.endswith("decode") else lens
-    promise = {} if op == "fused_decode" else {"promise": "none"}
+    fused = op.startswith("fused_")
+    promise = {} if fused else {"promise": "none"}
     make = getattr(cases, f"{op}_case")
     case = make(first, heads, BF16, state_dtype, page_tail=0, pool_rows=rows, device="cuda", **promise)
     given = case.arguments(copy=False)
     start = torch.randn(2, 32, 128, 128, device="cuda").to(state_dtype)
-    steps = 4 * torch.arange(4 if op == "verify" else 1, dtype=torch.int32, device="cuda")
+    steps = 4 * torch.arange(4 if op.endswith("verify") else 1, dtype=torch.int32, device="cuda")
     outs, states = [], []
     for last in (rows - 1, 39):
         index = last - torch.arange(2, dtype=torch.int32, device="cuda")[:, None] - steps
         given["state"][index[:, 0].long()] = start
-        if op == "verify":
+        if op.endswith("verify"):
             given["num_accepted_tokens"].fill_(1)
-        if op == "fused_decode":
+        if fused:
             given["conv_state"].zero_()
         out = torch.zeros(case.outputs["out"][0], dtype=BF16, device="cuda")
-        own = {"state_indices": index if op == "verify" else index[:, 0].contiguous(), "out": out}
+        own = {"state_indices": index if op.endswith("verify") else index[:, 0].contiguous(), "out": out}
         backend_function(backend, op)(**given | own)
         outs.append(out)
         states.append(given["state"][index[:, -1].long()].clone())

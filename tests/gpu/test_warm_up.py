@@ -7,7 +7,7 @@ import torch
 
 from gdn_plugin import ops
 from gdn_plugin.ops import cases
-from gdn_plugin.registry import Problem, judge, load, probe, rows
+from gdn_plugin.registry import OPS, Problem, judge, load, probe, rows
 
 HEADS = [(2, 4), (4, 8), (16, 32), (16, 48)]
 LENS = [(1,), (64,), (100, 1), (65,) * 3, (500,) * 8, (30,) * 32, (5000,), (16384,), (1, 2000, 3)]
@@ -29,7 +29,7 @@ def calls(problem: Problem):
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", HEADS, ids=lambda heads: "x".join(map(str, heads)))
 @pytest.mark.parametrize("backend", ["triton", "flashinfer"])
-@pytest.mark.parametrize("op", ["conv_prologue", "prefill", "decode", "fused_decode", "verify", "gated_norm"])
+@pytest.mark.parametrize("op", OPS)
 def test_nothing_compiles_after_warm_up(backend_function, monkeypatch, op, backend, heads, state_dtype):
     backend_function(backend, op)
     monkeypatch.setenv("GDN_PLUGIN_SELF_CHECK", "0")
@@ -37,7 +37,7 @@ def test_nothing_compiles_after_warm_up(backend_function, monkeypatch, op, backe
     dense = op == "verify" and backend == "flashinfer" and state_dtype == "float32"
     problem = Problem(
         op, "bfloat16", state_dtype, *heads, 128, 128, padded_pool=not dense,
-        max_spec_tokens=DRAFTS if op == "verify" else 0,
+        max_spec_tokens=DRAFTS if op in ("verify", "fused_verify") else 0,
         padding="none" if op == "verify" else "scratch" if op in ("prefill", "decode") else "any",
         bias_dtype="bfloat16", qk_l2norm=False,
     )  # fmt: skip

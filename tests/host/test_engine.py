@@ -119,20 +119,21 @@ def test_a_prefix_cache_under_pressure(ask) -> None:
 
 
 NGRAM = {"method": "ngram", "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+# On a CPU auto verifies in parts; torch has the fused op.
 SPECULATION = {
-    "ngram-1": (NGRAM | {"num_speculative_tokens": 1}, False),
-    "ngram-2": (NGRAM | {"num_speculative_tokens": 2}, False),
-    "ngram-3": (NGRAM | {"num_speculative_tokens": 3}, False),
-    "ngram-4-cached": (NGRAM | {"num_speculative_tokens": 4}, True),
-    "mtp-2": ({"method": "mtp", "num_speculative_tokens": 2}, False),
-    "mtp-3-cached": ({"method": "mtp", "num_speculative_tokens": 3}, True),
-    "mtp-4": ({"method": "mtp", "num_speculative_tokens": 4}, False),
+    "ngram-1": (NGRAM | {"num_speculative_tokens": 1}, False, "auto"),
+    "ngram-2": (NGRAM | {"num_speculative_tokens": 2}, False, "auto"),
+    "ngram-3-fused": (NGRAM | {"num_speculative_tokens": 3}, False, "torch"),
+    "ngram-4-cached": (NGRAM | {"num_speculative_tokens": 4}, True, "auto"),
+    "mtp-2": ({"method": "mtp", "num_speculative_tokens": 2}, False, "auto"),
+    "mtp-3-cached-fused": ({"method": "mtp", "num_speculative_tokens": 3}, True, "torch"),
+    "mtp-4": ({"method": "mtp", "num_speculative_tokens": 4}, False, "auto"),
 }
 
 
 @pytest.mark.parametrize("kind", SPECULATION)
 def test_speculation_changes_no_token(ask, unspeculated, kind: str) -> None:
-    speculative_config, cached = SPECULATION[kind]
+    speculative_config, cached, verify = SPECULATION[kind]
     drafted, _ = ask(
         kind,
         SPECULATIVE * (2 if cached else 1),
@@ -142,6 +143,7 @@ def test_speculation_changes_no_token(ask, unspeculated, kind: str) -> None:
         max_num_batched_tokens=300 if cached else 64,
         max_num_seqs=3,
         disable_log_stats=False,
+        environment={"GDN_PLUGIN_VERIFY_BACKEND": verify},
         spy=True,
     )
     assert answers(drafted) == answers(unspeculated()) * (2 if cached else 1)

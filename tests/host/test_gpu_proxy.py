@@ -174,7 +174,7 @@ def test_the_guard_against_waiting_bites(waits: Any) -> None:
         (DECODE, ["fused_decode"]),
         (PREFILL, ["conv_prologue", "prefill", "gated_norm"]),
         (MIXED, ["fused_decode", "conv_prologue", "prefill", "gated_norm"]),
-        (SPECULATIVE, ["conv_prologue", "verify", "gated_norm"]),
+        (SPECULATIVE, ["fused_verify"]),
     ],
     ids=["decode", "prefill", "mixed", "speculative"],
 )
@@ -220,7 +220,7 @@ def test_another_run_over_the_same_metadata_makes_its_own_rows(platform: Platfor
 def test_speculative_rows_beside_prefills_only_add_gathers(platform: Platform) -> None:
     step = Step([Row(request(1, 9), 2, 1), Row(request(4, 0), 70), Row(request(7, 3), 1, 0)])
     names = launches(platform, step)
-    assert [name for name in names if ":" not in name] == ["conv_prologue", "verify", "conv_prologue", "prefill"]
+    assert [name for name in names if ":" not in name] == ["fused_verify", "conv_prologue", "prefill"]
     others = {name for name in names if ":" in name}
     assert others <= {"aten::index_select", "aten::index_copy_"}, others
 

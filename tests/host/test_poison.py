@@ -16,24 +16,31 @@ BLOCK = 256  # tokens, of the prefix cache in fp32
 CACHED = tokens(BLOCK + 1, 11)  # all but its last token may come from the cache
 COMPANY = [[3] * 40, [9] * 20, tokens(60, 12), repeated(50, 7, 13)]
 PROMPTS = [[7], [7, 8], [7, 8, 9], [42], [5, 5]]
-# The numbers of drafts that a step may bring to a fresh row are all in tests/host/test_core.py.
-MATRIX = [("ngram", 1, False), ("ngram", 4, True), ("mtp", 2, True), ("mtp", 3, False)]
+# The numbers of drafts that a step may bring to a fresh row are all in tests/host/test_core.py. On a CPU auto verifies
+# in parts; torch has the fused op.
+MATRIX = [
+    ("ngram", 1, False, "auto"),
+    ("ngram", 4, True, "torch"),
+    ("mtp", 2, True, "auto"),
+    ("mtp", 3, False, "torch"),
+]
 REST = [
-    (method, drafts, cache)
+    (method, drafts, cache, verify)
     for method in ("ngram", "mtp")
     for drafts in (1, 2, 3, 4)
     for cache in (False, True)
-    if (method, drafts, cache) not in MATRIX
+    for verify in ("auto", "torch")
+    if (method, drafts, cache, verify) not in MATRIX
 ]
 
 
 @pytest.mark.parametrize(
-    ("method", "drafts", "cache"),
+    ("method", "drafts", "cache", "verify"),
     [*MATRIX, *(pytest.param(*row, marks=pytest.mark.slow) for row in REST)],
     ids=lambda value: ("cache" if value else "no-cache") if isinstance(value, bool) else None,
 )
 def test_short_prompts_in_recycled_blocks(
-    checkpoint: Path, tmp_path: Path, method: str, drafts: int, cache: bool
+    checkpoint: Path, tmp_path: Path, method: str, drafts: int, cache: bool, verify: str
 ) -> None:
     drafting: dict[str, Any] = {"method": method, "num_speculative_tokens": drafts}
     if method == "ngram":
@@ -47,8 +54,10 @@ def test_short_prompts_in_recycled_blocks(
         "prime": [CACHED] * cache,
     }
     script = Path(__file__).with_name("poison_engine.py")
-    result, log = run_in_subprocess(job, tmp_path, "poison", script=script)
+    environment = {"GDN_PLUGIN_VERIFY_BACKEND": verify}
+    result, log = run_in_subprocess(job, tmp_path, "poison", environment=environment, script=script)
     assert result is not None, log[-4000:]
+    assert ("fused_verify: torch (asked for: torch)" in log) == (verify == "torch")
     seen = result["seen"]
     assert seen["poisoned"] > 0 and seen["fresh speculative rows"] > 0, seen
     # With MTP the host computes the last cached block anew, so no tail is that short.

@@ -26,6 +26,7 @@ OP_CASES = {
     "decode": lambda: cases.decode_case(3),
     "fused_decode": lambda: cases.fused_decode_case(3),
     "verify": lambda: cases.verify_case((2, 3), slots=3, start_rows=True),
+    "fused_verify": lambda: cases.fused_verify_case((2, 3), slots=3, start_rows=True, fresh=(1,)),
     "gated_norm": lambda: cases.gated_norm_case(3),
 }
 # Arguments whose strides are free in every dim, or in all but the last.
@@ -95,31 +96,31 @@ def table():
                 yield op, "out", "type", lambda t: 3
 
 
-# S of state_indices [B, S] is verify's to choose; a longer prefill pool of checkpoints is just a longer pool.
+# S of state_indices [B, S] is the caller's to choose; a longer prefill pool of checkpoints is just a longer pool.
 FREE_SIZES = {("verify", "state_indices", 1)}
 SCALARS = [
     *[(op, "null_index", bad) for op in OP_CASES if op != "gated_norm" for bad in (-2, 1.0, None, True)],
     *[(op, "backend", bad) for op in OP_CASES for bad in (3, b"torch")],
-    *[(op, n, bad) for op in ("conv_prologue", "fused_decode") for bad in (0, -1, 3, 2.0, None)
+    *[(op, n, bad) for op in ("conv_prologue", "fused_decode", "fused_verify") for bad in (0, -1, 3, 2.0, None)
       for n in ("num_k_heads", "head_k_dim", "head_v_dim")],
-    *[(op, "scale", bad) for op in ("prefill", "decode", "fused_decode", "verify")
+    *[(op, "scale", bad) for op in ("prefill", "decode", "fused_decode", "verify", "fused_verify")
       for bad in ("1", float("nan"), True)],
     *[(op, "padding", bad) for op in ("prefill", "decode", "verify") for bad in ("", None, "all")],
     *[(op, "use_qk_l2norm", bad) for op in ("prefill", "decode", "verify") for bad in (1, None)],
-    *[(op, "zero_padding", bad) for op in ("prefill", "decode", "fused_decode", "verify") for bad in (1, None)],
+    *[(op, "zero_padding", bad) for op in ("prefill", "decode", "fused_decode", "verify", "fused_verify")
+      for bad in (1, None)],
     *[(op, "exp_gate", bad) for op in ("conv_prologue", "prefill") for bad in (1, None)],
     *[("prefill", "max_seqlen", bad) for bad in (-1, 1.5, None)],
     *[("prefill", "checkpoint_every", bad) for bad in (0, -64, 63, 96, 64.0, None)],
-    *[("fused_decode", "norm_eps", bad) for bad in (-1e-6, "0", None, float("nan"))],
+    *[(op, "norm_eps", bad) for op in ("fused_decode", "fused_verify") for bad in (-1e-6, "0", None, float("nan"))],
     *[("gated_norm", "eps", bad) for bad in (-1e-6, "0", None, float("nan"))],
-    *[(op, "gate", bad) for op in ("fused_decode", "gated_norm") for bad in ("relu", None, "SILU")],
+    *[(op, "gate", bad) for op in ("fused_decode", "fused_verify", "gated_norm") for bad in ("relu", None, "SILU")],
 ]  # fmt: skip
 MISSING = [
     ("prefill", {"checkpoints": None}, "checkpoints"),
     ("prefill", {"checkpoint_cu_starts": None}, "checkpoint_cu_starts"),
     ("prefill", {"checkpoints": None, "checkpoint_cu_starts": None}, "checkpoint_every"),
-    ("fused_decode", {"z": None}, "z"),
-    ("fused_decode", {"norm_weight": None}, "norm_weight"),
+    *[(op, {name: None}, name) for op in ("fused_decode", "fused_verify") for name in ("z", "norm_weight")],
     ("prefill", {"padding": "scratch", "null_index": -1}, "null_index"),
 ]
 # By op, tensors that may be None.
@@ -129,6 +130,7 @@ OPTIONAL = {
     "decode": {"out"},
     "fused_decode": {"conv_bias", "z", "norm_weight", "out"},
     "verify": {"start_rows", "out"},
+    "fused_verify": {"conv_bias", "has_initial_state", "start_rows", "z", "norm_weight", "out"},
     "gated_norm": {"out"},
 }
 REQUIRED = [
@@ -167,9 +169,7 @@ def test_wrong_tensor(op, name, kind, wrong):
 
 def interleaved(op):
     """Arguments whose projections have interleaved heads."""
-    maker = {"conv_prologue": cases.conv_prologue_case, "decode": cases.decode_case, "verify": cases.verify_case,
-             "fused_decode": cases.fused_decode_case, "gated_norm": cases.gated_norm_case}[op]  # fmt: skip
-    case = maker(interleaved=True)
+    case = getattr(cases, f"{op}_case")(interleaved=True)
     return case.args | {n: p.clone().view for n, p in case.pools.items()}
 
 
@@ -210,6 +210,11 @@ def test_pools_that_overlap_themselves():
     n, dim, width = values["conv_state"].shape
     overlapping = torch.as_strided(torch.zeros(n * dim * width), (n, dim, width), (dim * width, 1, 1))
     refused("fused_decode", values | {"conv_state": overlapping}, "conv_state")
+
+
+def test_too_few_columns_for_the_drafts():
+    values = arguments("fused_verify")
+    refused("fused_verify", values | {"conv_state": values["conv_state"][:, :, :-1]}, "conv_state")
 
 
 @pytest.mark.parametrize("heads", [cases.Heads(1, 1, 16, 8), cases.Heads(1, 2, 16, 1), cases.Heads(2, 2, 1, 8)])
@@ -255,6 +260,10 @@ BAD_VALUES = [
     ("verify", "num_accepted_tokens", lambda x: x.fill_(0), "values from 1"),
     ("verify", "start_rows", lambda x: x.fill_(99), "start_rows: expected rows below N"),
     ("verify", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 0, 5])), "at most"),
+    ("fused_verify", "state_indices", lambda x: x.fill_(2), "unique"),
+    ("fused_verify", "num_accepted_tokens", lambda x: x.fill_(4), "values from 1"),
+    ("fused_verify", "start_rows", lambda x: x.fill_(99), "start_rows: expected rows below N"),
+    ("fused_verify", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 0, 5])), "at most"),
 ]
 BROKEN_PROMISES = [
     ("prefill", "none", lambda values: values["state_indices"].fill_(-1), "no padding"),

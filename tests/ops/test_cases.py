@@ -100,7 +100,7 @@ def test_what_a_backend_wants():
 
 
 def test_what_a_problem_says_of_dt_bias_and_the_norm():
-    for op in ("conv_prologue", "decode", "fused_decode", "verify"):
+    for op in ("conv_prologue", "decode", "fused_decode", "verify", "fused_verify"):
         args = make(op, "fp32 dt_bias").args
         assert (args["dt_bias"].dtype, args["a"].dtype) == (torch.float32, torch.bfloat16)
         assert make(op, "default").args["dt_bias"].dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""decode, fused_decode and verify beside the contract (tests/contract): other layouts, blocks, any shape, one state."""
+"""Ops of few tokens beside the contract (tests/contract): other layouts, blocks, any shape, one state."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdn_plugin.backends.torch import recurrent as eager
-from gdn_plugin.ops.cases import Heads, decode_case, fused_decode_case, verify_case
+from gdn_plugin.ops.cases import Heads, decode_case, fused_decode_case, fused_verify_case, verify_case
 from tests.support.checks import check
 from tests.support.public import public
 
 HALF = torch.float16
 BF16 = torch.bfloat16
-OPS = {"decode": decode_case, "fused_decode": fused_decode_case, "verify": verify_case}
+OPS = {
+    "decode": decode_case,
+    "fused_decode": fused_decode_case,
+    "verify": verify_case,
+    "fused_verify": fused_verify_case,
+}
 
 
 def heads_first(x):
@@ -36,7 +41,7 @@ def test_heads_first(backend, op, names):
 def test_blocks_of_the_batch(op, monkeypatch):
     """A batch larger than one gathered block, blocks without a live sequence included."""
     monkeypatch.setattr(eager, "_BLOCK", 2 * Heads().v_heads * Heads().v_dim * Heads().k_dim)
-    size = {"lens": (2, 1, 4, 3, 1, 2, 1)} if op == "verify" else {"batch": 7}
+    size = {"lens": (2, 1, 4, 3, 1, 2, 1)} if op.endswith("verify") else {"batch": 7}
     check(getattr(eager, op), OPS[op](**size, padding=(2, 3, 6)))
 
 
@@ -48,12 +53,15 @@ def test_blocks_of_the_batch(op, monkeypatch):
     io_dtype=st.sampled_from([torch.float32, BF16, HALF]),
     data=st.data(),
 )
-def test_verify_any_shape(lens, ratio, dims, io_dtype, data):
+@pytest.mark.parametrize("op", ["verify", "fused_verify"])
+def test_verify_any_shape(op, lens, ratio, dims, io_dtype, data):
     slots = max(lens)
     accepted = data.draw(st.lists(st.integers(1, slots), min_size=len(lens), max_size=len(lens)))
     padding = tuple(data.draw(st.sets(st.integers(0, len(lens) - 1))))
-    case = verify_case(lens, Heads(2, 2 * ratio, *dims), io_dtype, slots=slots, accepted=accepted, padding=padding)
-    check(public("verify", "torch"), case)
+    more = {"fresh": data.draw(st.sets(st.integers(0, len(lens) - 1)))} if op == "fused_verify" else {}
+    heads = Heads(2, 2 * ratio, *dims)
+    case = OPS[op](lens, heads, io_dtype, slots=slots, accepted=accepted, padding=padding, **more)
+    check(public(op, "torch"), case)
 
 
 def test_decode_continues_prefill(backend):

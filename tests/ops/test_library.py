@@ -20,6 +20,7 @@ BUILD = {
     "decode": lambda **kw: cases.decode_case(3, gap=3, **kw),
     "fused_decode": lambda **kw: cases.fused_decode_case(3, gap=3, **kw),
     "verify": lambda **kw: cases.verify_case((2, 0, 3), gap=3, **kw),
+    "fused_verify": lambda **kw: cases.fused_verify_case((2, 0, 3), gap=3, fresh=(0,), **kw),
     "gated_norm": lambda **kw: cases.gated_norm_case(3, gap=3, **kw),
 }
 WITH_STATE = [op for op in BUILD if op != "gated_norm"]
@@ -29,6 +30,7 @@ MUTATED = {
     "decode": {"state"},
     "fused_decode": {"conv_state", "state"},
     "verify": {"state"},
+    "fused_verify": {"conv_state", "state"},
     "gated_norm": set(),
 }
 
@@ -45,6 +47,8 @@ def test_opcheck_with_checkpoints_and_speculation():
     torch.library.opcheck(torch.ops.gdn.prefill.default, op_args(prefill, "torch"))
     verify = cases.verify_case((2, 0, 3), start_rows=True)
     torch.library.opcheck(torch.ops.gdn.verify.default, op_args(verify, "torch"))
+    fused = cases.fused_verify_case((2, 0, 3), start_rows=True, norm=False, fresh=None)
+    torch.library.opcheck(torch.ops.gdn.fused_verify.default, op_args(fused, "torch"))
     rows = cases.conv_prologue_case((2, 3), accepted=(1, 2), state_dtype=None)
     torch.library.opcheck(torch.ops.gdn.conv_prologue.default, op_args(rows, "torch"))
 
@@ -87,6 +91,7 @@ def test_no_tokens(op):
         "decode": lambda: cases.decode_case(0),
         "fused_decode": lambda: cases.fused_decode_case(0),
         "verify": lambda: cases.verify_case((0, 0)),
+        "fused_verify": lambda: cases.fused_verify_case((0, 0)),
         "gated_norm": lambda: cases.gated_norm_case(0),
     }
     case = builds[op]()
@@ -98,7 +103,7 @@ def test_no_tokens(op):
         assert torch.equal(pool.base, case.pools[name].base), name
 
 
-@pytest.mark.parametrize("op", ["conv_prologue", "prefill", "verify"])
+@pytest.mark.parametrize("op", ["conv_prologue", "prefill", "verify", "fused_verify"])
 def test_no_sequences_but_padding_tokens(op):
     """B = 0 with T > 0: every token is padding, so outputs are zeros (g: 0, or 1 as exp(g))."""
     more = {"exp_gate": True} if op == "conv_prologue" else {}

@@ -17,6 +17,7 @@ BUILDERS = {
     "decode": cases.decode_case,
     "fused_decode": cases.fused_decode_case,
     "verify": cases.verify_case,
+    "fused_verify": cases.fused_verify_case,
 }
 
 
@@ -27,9 +28,9 @@ def test_fp32_matches_fp64(op, dtype):
 
 
 @pytest.mark.parametrize("zero_padding", [True, False], ids=["returning", "out"])
-@pytest.mark.parametrize("op", ["prefill", "decode", "fused_decode", "verify"])
+@pytest.mark.parametrize("op", ["prefill", "decode", "fused_decode", "verify", "fused_verify"])
 def test_padding_rows(op, zero_padding):
-    more = {"pad_tokens": 4} if op in ("prefill", "verify") else {}
+    more = {} if op.endswith("decode") else {"pad_tokens": 4}
     case = BUILDERS[op](padding=(0, 2), null_index=0, state_dtype=torch.bfloat16, **more)
     check(getattr(reference, op), case, zero_padding=zero_padding)
 

@@ -24,13 +24,15 @@ def layer(problem):
             dict.fromkeys(OPS, "triton") | {"prefill": "flashinfer"},
         ),
         ("sm_80", dict.fromkeys(OPS, "triton")),
-        ("cpu", dict.fromkeys(OPS, "cpu")),
+        ("cpu", dict.fromkeys(OPS, "cpu") | {"fused_verify": "torch"}),
     ],
 )
 def test_auto(layer, name, expected):
     selection = select(Platform.simulated(name), layer)
     assert selection.backends() == expected
-    assert selection.fuse_decode
+    assert selection.fuses("decode")
+    # The C++ backend verifies in parts, which a fused op of another backend must not take from it.
+    assert selection.fuses("verify") == (name != "cpu")
     assert selection.requests == {"prefill": "auto", "decode": "auto", "verify": "auto"}
 
 
@@ -42,9 +44,10 @@ def test_ops_without_a_setting_follow_their_phase(layer):
         "decode": "reference",
         "fused_decode": "reference",
         "verify": "triton",
+        "fused_verify": "triton",
         "gated_norm": "torch",
     }
-    assert selection.fuse_decode
+    assert selection.fuses("decode") and selection.fuses("verify")
 
 
 def test_a_backend_without_the_op_leaves_it_to_auto(layer):
@@ -53,7 +56,9 @@ def test_a_backend_without_the_op_leaves_it_to_auto(layer):
     assert selection["conv_prologue"].request == "auto"
     assert selection["fused_decode"].name == "triton"
     # The fused step would take decode away from the backend that was asked for.
-    assert not selection.fuse_decode
+    assert not selection.fuses("decode") and selection.fuses("verify")
+    named = select(Platform.simulated("sm_100"), layer, {"verify": "flashinfer"})
+    assert named["fused_verify"].name == "triton" and not named.fuses("verify")
 
 
 def test_a_list_is_followed_in_its_own_order(layer):
@@ -74,7 +79,7 @@ def test_excluded_backends_are_left_out_by_op(layer):
     selection = select(Platform.simulated("cpu"), layer, excluded={"decode": {"cpu": "self-check failed"}})
     assert selection["decode"].name == "torch"
     assert selection["prefill"].name == "cpu"
-    assert not selection.fuse_decode
+    assert not selection.fuses("decode")
 
 
 def test_describe_is_a_line_a_choice(layer):
@@ -86,8 +91,8 @@ def test_describe_is_a_line_a_choice(layer):
 def test_only_what_is_asked_for_is_resolved(layer):
     selection = select(Platform.simulated("cpu"), {"prefill": layer["prefill"]})
     assert "prefill" in selection and "decode" not in selection
-    assert not selection.fuse_decode
-    assert select(Platform.simulated("cpu"), {"fused_decode": layer["fused_decode"]}).fuse_decode
+    assert not selection.fuses("decode") and not selection.fuses("verify")
+    assert select(Platform.simulated("cpu"), {"fused_decode": layer["fused_decode"]}).fuses("decode")
 
 
 def test_bad_arguments(layer):

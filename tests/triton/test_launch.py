@@ -28,6 +28,7 @@ MAKERS = {
     "decode": cases.decode_case,
     "fused_decode": cases.fused_decode_case,
     "verify": cases.verify_case,
+    "fused_verify": cases.fused_verify_case,
     "gated_norm": cases.gated_norm_case,
 }
 

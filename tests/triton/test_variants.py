@@ -23,7 +23,7 @@ HEADS = [(2, 4), (4, 8), (16, 32), (16, 48)]
 SMS = [80, 90, 100]
 SEQUENCES = (1, 2, 3, 8, 32, 128)
 TOKENS = (1, 2, 7, 64, 65, 256, 1000, 2048, 16384)
-ONE_TOKEN = ("decode", "fused_decode", "verify")
+ONE_TOKEN = ("decode", "fused_decode", "verify", "fused_verify")
 
 
 def op_of(name):
@@ -32,7 +32,7 @@ def op_of(name):
 
 def problem_of(op, heads=(16, 32), state_dtype="float32", **facts):
     facts.setdefault("checkpoints", op == "prefill")
-    facts.setdefault("max_spec_tokens", 4 if op in ("verify", "conv_prologue") else 0)
+    facts.setdefault("max_spec_tokens", 4 if op in ("verify", "fused_verify", "conv_prologue") else 0)
     facts.setdefault("padded_pool", True)
     return Problem(op, "bfloat16", state_dtype, *heads, 128, 128, **facts)
 
@@ -66,13 +66,13 @@ def calls(problem, lens, **features):
         {"zero_padding": False, "exp_gate": False, "gate": "silu", "null_index": -1, "max_seqlen": 0},
         {"zero_padding": True, "exp_gate": True, "gate": "sigmoid", "null_index": 0, "max_seqlen": max(lens)},
     )
-    if problem.op == "verify":
+    if problem.op in ("verify", "fused_verify"):
         del either["num_accepted_tokens"]
         arguments["start_rows"] = torch.empty(len(lens), dtype=torch.int32, device="meta")
         either["start_rows"] = ("io", None)
     names = [name for name in either if name in arguments]
     # A column of a table of rows, as a host's block table is.
-    if "state_indices" in arguments and problem.op != "verify":
+    if "state_indices" in arguments and arguments["state_indices"].dim() == 1:
         arguments["state_indices"] = torch.empty(len(lens), 5, dtype=torch.int32, device="meta")[:, 2]
     for picked, told in itertools.product(itertools.product(*(either[name] for name in names)), plain):
         call = arguments | {name: value for name, value in told.items() if name in arguments}
@@ -274,5 +274,5 @@ def test_every_kernel_of_a_loaded_op_is_counted():
         op_of(op)
     names = {kernel.__name__ for kernel in launching._kernels}
     assert names == {f"{n}_kernel" for n in ("conv_prologue", "prefill_solve", "prefill_state", "decode",
-                                             "fused_decode", "verify", "gated_norm")}  # fmt: skip
+                                             "fused_decode", "verify", "fused_verify", "gated_norm")}  # fmt: skip
     assert all(isinstance(kernel.device_caches, dict) for kernel in launching._kernels)

@@ -213,6 +213,49 @@ def verify(
                 state[own[t - start]] = S
 
 
+def fused_verify(
+    mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, a: Tensor, b: Tensor,
+    A_log: Tensor, dt_bias: Tensor, state: Tensor, state_indices: Tensor, num_accepted_tokens: Tensor,
+    cu_seqlens: Tensor, num_k_heads: int, head_k_dim: int, head_v_dim: int, has_initial_state: Tensor | None,
+    start_rows: Tensor | None, scale: float, z: Tensor | None, norm_weight: Tensor | None, norm_eps: float, gate: str,
+    null_index: int, out: Tensor, zero_padding: bool, *, compute_dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """conv_prologue, verify and the gated RMSNorm for each sequence in turn.
+
+    A sequence whose first row, or the row that it would start from, is padding is padding.
+    """
+    if zero_padding:
+        out.zero_()
+    offsets = cu_seqlens.tolist()
+    for i, own in enumerate(state_indices.tolist()):
+        start, end = offsets[i], offsets[i + 1]
+        here, one = slice(start, end), slice(i, i + 1)
+        fresh = has_initial_state is not None and not bool(has_initial_state[i])
+        origin = own[max(int(num_accepted_tokens[i]) - 1, 0)] if start_rows is None else int(start_rows[i])
+        if start == end or own[0] <= null_index or (origin <= null_index and not fresh):
+            continue
+        length, value_heads = end - start, a.shape[1]
+        q, k = (mixed_qkv.new_empty(length, num_k_heads, head_k_dim) for _ in range(2))
+        v = mixed_qkv.new_empty(length, value_heads, head_v_dim)
+        g, beta = (torch.empty(length, value_heads, dtype=compute_dtype, device=a.device) for _ in range(2))
+        conv_prologue(
+            mixed_qkv[here], conv_weight, conv_bias, conv_state, state_indices[one, 0], cu_seqlens[i : i + 2] - start,
+            None if has_initial_state is None else has_initial_state[one], num_accepted_tokens[one], a[here], b[here],
+            A_log, dt_bias, None, num_k_heads, head_k_dim, head_v_dim, False, null_index, q, k, v, g, beta,
+            compute_dtype=compute_dtype,
+        )  # fmt: skip
+        S = torch.zeros_like(state[own[0]], dtype=compute_dtype) if fresh else state[origin].to(compute_dtype)
+        o = torch.empty(length, value_heads, head_v_dim, dtype=compute_dtype, device=a.device)
+        q, k, v = (x.to(compute_dtype) for x in (q, k, v))
+        for t in range(length):
+            S, o[t] = _step(S, q[t], k[t], v[t], g[t], beta[t], scale)
+            if own[t] > null_index:
+                state[own[t]] = S
+        if z is not None and norm_weight is not None:
+            o = _norm_and_gate(o.to(mixed_qkv.dtype), z[here], norm_weight, norm_eps, gate, compute_dtype)
+        out[here] = o
+
+
 def gated_norm(
     x: Tensor, z: Tensor, weight: Tensor, eps: float, gate: str, out: Tensor, *,
     compute_dtype: torch.dtype = torch.float32,
@@ -226,4 +269,5 @@ PREFILL = BackendOp(prefill)
 DECODE = BackendOp(decode)
 FUSED_DECODE = BackendOp(fused_decode)
 VERIFY = BackendOp(verify)
+FUSED_VERIFY = BackendOp(fused_verify)
 GATED_NORM = BackendOp(gated_norm)

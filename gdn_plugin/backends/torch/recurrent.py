@@ -221,7 +221,44 @@ def verify(
     _store(out, result, written, zero_padding)
 
 
+def fused_verify(
+    mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, a: Tensor, b: Tensor,
+    A_log: Tensor, dt_bias: Tensor, state: Tensor, state_indices: Tensor, num_accepted_tokens: Tensor,
+    cu_seqlens: Tensor, num_k_heads: int, head_k_dim: int, head_v_dim: int, has_initial_state: Tensor | None,
+    start_rows: Tensor | None, scale: float, z: Tensor | None, norm_weight: Tensor | None, norm_eps: float, gate: str,
+    null_index: int, out: Tensor, zero_padding: bool,
+) -> None:  # fmt: skip
+    """See gdn_plugin.ops.fused_verify. Its three ops in turn; a fresh sequence starts from its first row, zeroed."""
+    first = state_indices[:, 0]
+    if start_rows is None:
+        accepted = (num_accepted_tokens.long() - 1).clamp(0, state_indices.shape[1] - 1)
+        start_rows = state_indices.gather(1, accepted[:, None]).squeeze(1)
+    if has_initial_state is not None:
+        start_rows = torch.where(has_initial_state, start_rows, first)
+    padding = (first <= null_index) | (start_rows <= null_index)
+    start_rows = torch.where(padding, null_index, start_rows)
+    tokens, value_heads = a.shape
+    new = mixed_qkv.new_empty
+    q, k = new(tokens, num_k_heads, head_k_dim), new(tokens, num_k_heads, head_k_dim)
+    v, o = new(tokens, value_heads, head_v_dim), new(tokens, value_heads, head_v_dim)
+    g, beta = (torch.empty(tokens, value_heads, dtype=torch.float32, device=a.device) for _ in range(2))
+    conv_prologue(
+        mixed_qkv, conv_weight, conv_bias, conv_state, torch.where(padding, null_index, first), cu_seqlens,
+        has_initial_state, num_accepted_tokens, a, b, A_log, dt_bias, state, num_k_heads, head_k_dim, head_v_dim, False,
+        null_index, q, k, v, g, beta,
+    )  # fmt: skip
+    verify(
+        q, k, v, a, b, A_log, dt_bias, state, state_indices, num_accepted_tokens, cu_seqlens, start_rows, scale, False,
+        null_index, "any", o, True,
+    )  # fmt: skip
+    result = o.float() if z is None or norm_weight is None else norm_and_gate(o, z, norm_weight, norm_eps, gate)
+    owner = torch.searchsorted(cu_seqlens.long(), torch.arange(tokens, device=a.device), right=True) - 1
+    real = owner < padding.shape[0]
+    _store(out, result, real & ~padding[torch.where(real, owner, 0)], zero_padding)
+
+
 CONV_PROLOGUE = BackendOp(conv_prologue)
 DECODE = BackendOp(decode)
 FUSED_DECODE = BackendOp(fused_decode)
 VERIFY = BackendOp(verify)
+FUSED_VERIFY = BackendOp(fused_verify)

@@ -184,7 +184,7 @@ def _launches(
 ) -> dict[Hashable, Launch]:
     with recorded(sm) as recording:
         for lens in SHAPES:
-            tokens = [1] * len(lens) if problem.op in ("decode", "fused_decode", "verify") else lens
+            tokens = [1] * len(lens) if problem.op in ("decode", "fused_decode", "verify", "fused_verify") else lens
             arguments = case(problem, tokens, device="meta").arguments()
             if state is not None and arguments.get("state") is not None:
                 arguments["state"] = state

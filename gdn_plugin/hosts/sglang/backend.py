@@ -91,7 +91,7 @@ class GdnPluginBackend(GDNAttnBackend):
         out = mixed_qkv.new_empty(tokens, layer.num_v_heads, layer.head_v_dim)
         if tokens:
             parameters = self._gdn_parameters(layer)
-            batch = decode_batch(metadata, tokens, layer, masked=core.selection.fuse_decode)
+            batch = decode_batch(metadata, tokens, layer, masked=core.selection.fuses("decode"))
             core.run(batch, mixed_qkv, a, b, parameters, out)
             self._track_mamba_state_decode(
                 forward_batch,

@@ -101,7 +101,7 @@ def _problem(op: str, mode: str, config: Mapping[str, Any]) -> Problem:
     heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     dims = config["linear_key_head_dim"], config["linear_value_head_dim"]
     checkpoints = op == "prefill" and "cache" in mode
-    return host_problem(op, "bfloat16", "float32", heads, dims, checkpoints=checkpoints, ragged=op == "verify")
+    return host_problem(op, "bfloat16", "float32", heads, dims, checkpoints=checkpoints, ragged=True)
 
 
 def ask(run: Run, model: Path, *, interpret: bool = False, eager: bool = True, timeout: float = 3600.0) -> Answers:

@@ -91,9 +91,11 @@ def bench_decode(job: Job) -> None:
 
 def bench_verify(job: Job) -> None:
     """fp32 pools too, although padded ones are more than FlashInfer's verify can do; bf16 ones it can."""
-    for mix in ("1x4", "8x4", "64x4"):
+    for mix in ("1x4", "8x4", "64x2", "64x4", "64x6", "128x4"):
         job.compare("verify", ("triton",), "qwen3-next", mix, graph=True)
         job.compare("verify", ("triton", "flashinfer"), "qwen3-next", mix, graph=True, state_dtype="bfloat16")
+        for state_dtype in ("float32", "bfloat16"):
+            job.compare("fused_verify", ("triton",), "qwen3-next", mix, graph=True, state_dtype=state_dtype)
 
 
 def bench_norm(job: Job) -> None:

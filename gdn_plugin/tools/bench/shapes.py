@@ -113,9 +113,10 @@ def cost(op: str, heads: Heads, lens: tuple[int, ...], io: int = 2, state: int =
     if op == "gated_norm":
         return Cost(3 * tokens * hv * V * io, 12 * tokens * hv * V)
     # One state row in, and one out a token; q, k, v in and out written. Verify keeps a row a token.
-    kept = max(lens) if op == "verify" else 1
+    kept = max(lens) if op in ("verify", "fused_verify") else 1
     moved = batch * row * state * (1 + kept) + batch * kept * (heads.conv_dim + hv * V) * io
     done = batch * kept * row * 7
-    if op == "fused_decode":  # with conv_state in and out and z in
-        return Cost(moved + conv_rows + batch * hv * V * io, done + batch * 2 * WIDTH * heads.conv_dim)
+    if op in ("fused_decode", "fused_verify"):  # with conv_state in and out and z in
+        conv_rows += batch * heads.conv_dim * (kept - 1) * io  # as many columns out as W-2 and the tokens
+        return Cost(moved + conv_rows + batch * kept * hv * V * io, done + batch * kept * 2 * WIDTH * heads.conv_dim)
     return Cost(moved, done)

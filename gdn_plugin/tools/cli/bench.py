@@ -16,6 +16,7 @@ MIXES = {
     "decode": ("1", "32"),
     "fused_decode": ("1", "32"),
     "verify": ("8x4",),
+    "fused_verify": ("8x4",),
     "gated_norm": ("1x2048",),
 }
 # Whom `contenders.OTHERS` knows; a test holds the two together, so that --help need not import torch.

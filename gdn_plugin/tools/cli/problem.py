@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gdn_plugin.registry import DTYPES, OPS, Problem
+from gdn_plugin.registry import DTYPES, OPS, PHASE_OF_OP, Problem
 from gdn_plugin.tools.cli.values import count
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
@@ -45,10 +45,7 @@ def problems(args: argparse.Namespace, *, ragged: bool = True) -> dict[str, Prob
     Args:
         ragged: its speculative batches too are as a host has them.
     """
-    return {
-        op: host_problem(op, args.dtype, args.state_dtype, args.heads, args.dims, ragged=ragged and op == "verify")
-        for op in OPS
-    }
+    return {op: host_problem(op, args.dtype, args.state_dtype, args.heads, args.dims, ragged=ragged) for op in OPS}
 
 
 def host_problem(
@@ -69,7 +66,7 @@ def host_problem(
     Args:
         heads: Hk, Hv. dims: K, V.
         checkpoints: of prefill, for a prefix cache.
-        ragged: of verify; an engine's always are, since drafts end early.
+        ragged: of verify and fused_verify; an engine's always are, since drafts end early.
     """
     if op == "gated_norm":
         return Problem(op, dtype, "float32", heads[1], heads[1], dims[1], dims[1])
@@ -81,7 +78,7 @@ def host_problem(
         *dims,
         padded_pool=True,
         checkpoints=checkpoints,
-        max_spec_tokens=4 if op == "verify" else 0,
-        ragged=ragged,
+        max_spec_tokens=4 if PHASE_OF_OP[op] == "verify" else 0,
+        ragged=ragged and PHASE_OF_OP[op] == "verify",
         padding="scratch" if op in ("prefill", "decode", "verify") else "any",
     )
