@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import ops
+from gdn_plugin.hosts import warm_up
 from gdn_plugin.registry import NoBackendError
 from gdn_plugin.settings import SettingsError
 from tests.sglang import fakes
@@ -36,6 +37,7 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
 
     def start(name: str = "torch", runner: Any = None, **host: Any) -> Any:
         fakes.install(monkeypatch, **host)
+        monkeypatch.setattr(warm_up, "Finalize", lambda *_, **__: None)  # which would tell of this process, at its end
         monkeypatch.setenv("GDN_PLUGIN_BACKEND", name)
         module = importlib.import_module("gdn_plugin.hosts.sglang.backend")
         return module.GdnPluginBackend(runner or fakes.runner())
@@ -332,8 +334,6 @@ def test_a_wrong_setting_stops_the_server(
 
 
 def test_everything_is_compiled_when_the_backend_is_built(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gdn_plugin.hosts import warm_up
-
     asked: list[tuple[str, bool]] = []
 
     def compiled(problem: Any, backend: str, device: str, pool: Tensor | None = None) -> None:
