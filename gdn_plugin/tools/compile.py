@@ -108,7 +108,11 @@ def compile_jobs(
         platform: what is compiled for; it need not be here.
         environment: variables of the processes, beside this one's.
     """
-    with _Pool(platform, workers, environment or {}) as pool:
+    # CuTe DSL leaves a kernel's GPU code in a folder: by default in the current one.
+    with (
+        tempfile.TemporaryDirectory(prefix="gdn-plugin-") as dumps,
+        _Pool(platform, workers, {"CUTE_DSL_DUMP_DIR": dumps, **(environment or {})}) as pool,
+    ):
         running = {pool.submit(compile_variant, platform, *job): job for job in jobs}
         for done in as_completed(running):
             job = running[done]

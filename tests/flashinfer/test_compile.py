@@ -121,7 +121,10 @@ def test_the_folder_is_that_of_a_machine_with_such_a_gpu(sm, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_second_process_finds_what_the_first_has_compiled(tmp_path):
+def test_a_second_process_finds_what_the_first_has_compiled(tmp_path, monkeypatch):
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
     platform = Platform.simulated("sm_100")
     (problem,) = problems(ops=("prefill",), state_dtypes=("bfloat16",))
     row = next(row for row in rows("prefill") if row.name == "flashinfer")
@@ -131,3 +134,4 @@ def test_a_second_process_finds_what_the_first_has_compiled(tmp_path):
     found = [[row for _, row in compile_jobs(platform, jobs, 1, environment)] for _ in range(2)]
     assert [[(row.error, row.cached) for row in ran] for ran in found] == [[("", False)], [("", True)]]
     assert Path(found[0][0].artifact).is_relative_to(tmp_path)
+    assert list(here.iterdir()) == [], "the DSL leaves GPU code where it is called"
