@@ -32,7 +32,7 @@ def warm_up(core: Core, device: torch.device, log: logging.Logger) -> None:
     if not _first(core, device):
         return
     began = time.perf_counter()
-    for choice in core.selection.choices.values():
+    for choice in core.selection.reached():
         ops.warm_up(choice.problem, backend=choice.name, device=device.type)
     count = ops.compile_count()
     before = ahead.totals
@@ -57,7 +57,7 @@ def warm_up_pool(core: Core, state: Tensor, log: logging.Logger) -> None:
     global _ready
     if not _first(core, state.device, state.dtype, state.shape, state.stride()):
         return
-    for choice in core.selection.choices.values():
+    for choice in core.selection.reached():
         try:
             ops.warm_up(choice.problem, backend=choice.name, device=state.device.type, pool=state)
         except Exception as exc:  # a compiler may raise anything, and what auto chose must not stop the engine here

@@ -60,8 +60,8 @@ def resolve(
         problems: by op.
         requests: by phase; None follows the GDN_PLUGIN_* variables.
         device: a torch device or its type; by default the probed one.
-        compile_ahead: first have everything that the choices can launch compiled, by processes side by side, for
-            whoever warms up next. CUDA only; elsewhere it does nothing.
+        compile_ahead: for a host, which comes to `Selection.reached` alone: nothing else is checked, and on CUDA all
+            that those can launch is compiled first, by processes side by side, for whoever warms up next.
     Raises:
         NoBackendError: a named request cannot run, or under auto nothing is left.
         BackendLoadError, SelfCheckError: a backend that was asked for by name failed.
@@ -73,7 +73,7 @@ def resolve(
     def pick(excluded: Mapping[str, Mapping[str, str]]) -> Selection:
         selection = select(platform, problems, wanted, excluded=excluded)
         if compile_ahead:
-            ahead.compile_ahead(selection.choices.values(), platform)
+            ahead.compile_ahead(selection.reached(), platform)
         return selection
 
     return _working(platform, pick, ready=compile_ahead)
@@ -94,7 +94,7 @@ def _working(
     """What `pick` selects once every backend that does not work here is excluded (by op and name, with the reason).
 
     Args:
-        ready: on CUDA, what was compiled ahead must come into this process too.
+        ready: for a host, see `resolve`; on CUDA, what was compiled ahead must come into this process too.
     Raises:
         SettingsError: a GDN_PLUGIN_* variable is wrong, whether or not this request would have read it.
     """
@@ -103,10 +103,10 @@ def _working(
     while True:
         selection = pick(excluded)
         works = True
-        for op, choice in selection.choices.items():
+        for choice in selection.reached() if ready else selection.choices.values():
             trouble = _trouble(choice, platform, ready)
             if trouble is not None:
-                excluded.setdefault(op, {})[choice.name] = trouble
+                excluded.setdefault(choice.problem.op, {})[choice.name] = trouble
                 works = False
         if works:
             return selection

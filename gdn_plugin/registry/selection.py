@@ -51,6 +51,15 @@ class Selection:
         fused = self.choices.get(f"fused_{phase}")
         return fused is not None and (phase not in self.choices or fused.name == self.choices[phase].name)
 
+    def reached(self) -> list[Choice]:
+        """The choices that a layer's steps come to: of a phase either its op or its fused one."""
+        plain = {f"fused_{phase}": phase for phase in ("decode", "verify")}
+        return [
+            choice
+            for op, choice in self.choices.items()
+            if (self.fuses(plain[op]) if op in plain else not self.fuses(op))
+        ]
+
     def backends(self) -> dict[str, str]:
         """The chosen backend's name by op."""
         return {op: choice.name for op, choice in self.choices.items()}

@@ -53,18 +53,22 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     return made
 
 
+# Both phases are fused: their own ops have no work.
+REACHED = set(SHAPE.problems()) - {"decode", "verify"}
+
+
 def core(request: str = "auto", shape: Shape = SHAPE) -> Core:
     selection = select(probe("cpu"), shape.problems(), {"prefill": "torch", "decode": "torch", "verify": "torch"})
     choices = {op: replace(choice, request=request) for op, choice in selection.choices.items()}
     return Core(shape, Selection(selection.platform, MappingProxyType(choices), selection.requests))
 
 
-def test_every_variant_of_every_choice_is_compiled_once(compiler: Compiler) -> None:
+def test_every_variant_of_what_a_layer_comes_to_is_compiled_once(compiler: Compiler) -> None:
     for _ in range(3):  # layers of one shape
         host.warm_up(core(), torch.device("cpu"), LOG)
-    assert sorted(compiler.compiled) == sorted((op, False) for op in SHAPE.problems() for _ in range(2))
+    assert sorted(compiler.compiled) == sorted((op, False) for op in REACHED for _ in range(2))
     host.warm_up(core(shape=replace(SHAPE, num_v_heads=4)), torch.device("cpu"), LOG)
-    assert len(compiler.compiled) == 4 * len(SHAPE.problems())
+    assert len(compiler.compiled) == 4 * len(REACHED)
 
 
 def test_a_pool_is_compiled_for_once_a_layout(compiler: Compiler) -> None:
@@ -84,7 +88,7 @@ def test_a_compiler_that_fails_stops_only_what_was_asked_for_by_name(compiler: C
     logger: Any = SimpleNamespace(warning=lambda form, *given: lines.append(form % given))
     host.warm_up_pool(core(), POOL[:7], logger)
     assert lines == ["gdn_plugin: fused_decode on torch was not compiled ahead: no ptxas"]
-    assert {op for op, _ in compiler.compiled} >= set(SHAPE.problems()) - {"fused_decode"}
+    assert {op for op, _ in compiler.compiled} >= REACHED - {"fused_decode"}
 
 
 def test_the_log_has_the_counter_at_the_start_and_what_came_after(

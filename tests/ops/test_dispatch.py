@@ -369,3 +369,15 @@ def test_a_kernel_that_does_not_compile_takes_its_backend_out_and_no_engine_down
     else:
         with pytest.raises(RuntimeError, match="no ptxas"):
             dispatch._trouble(choice, h100, True)
+
+
+def test_for_a_host_what_a_layer_does_not_come_to_is_not_checked(monkeypatch):
+    checked = []
+    monkeypatch.setattr(
+        dispatch.selfcheck, "require", lambda row, problem, platform: checked.append(problem.op) or True
+    )
+    problems = {op: replace(PROBLEM, op=op) for op in ("decode", "fused_decode")}
+    for host, wanted in ((True, ["fused_decode"]), (False, ["decode", "fused_decode"])):
+        checked.clear()
+        selection = ops.resolve(problems, {"decode": "torch"}, "cpu", compile_ahead=host)
+        assert selection.fuses("decode") and checked == wanted

@@ -113,3 +113,19 @@ def test_it_copies_and_does_not_change(layer):
     assert copy.deepcopy(selection) == selection
     with pytest.raises(TypeError):
         selection.choices["prefill"] = selection.choices["decode"]
+
+
+@pytest.mark.parametrize(
+    ("name", "requests", "left_out"),
+    [
+        ("sm_100", {}, {"decode", "verify"}),
+        ("cpu", {}, {"decode", "fused_verify"}),
+        ("sm_100", {"decode": "flashinfer"}, {"fused_decode", "verify"}),
+        ("sm_100", {"verify": "flashinfer"}, {"decode", "fused_verify"}),
+    ],
+)
+def test_a_layer_comes_to_an_op_of_a_phase_or_to_its_fused_one(layer, name, requests, left_out):
+    selection = select(Platform.simulated(name), layer, requests)
+    assert {choice.problem.op for choice in selection.reached()} == set(OPS) - left_out
+    alone = select(Platform.simulated(name), {"decode": layer["decode"]})
+    assert [choice.problem.op for choice in alone.reached()] == ["decode"]

@@ -342,8 +342,8 @@ def test_everything_is_compiled_when_the_backend_is_built(start: Start, monkeypa
     monkeypatch.setattr(warm_up, "_done", set())
     monkeypatch.setattr(ops, "warm_up", compiled)
     backend = start()
-    problems = backend._gdn_core.shape.problems()
-    assert sorted(asked) == sorted((op, of_pool) for op in problems for of_pool in (False, True))
+    reached = set(backend._gdn_core.shape.problems()) - {"decode"}  # a step of decode is one launch of fused_decode
+    assert sorted(asked) == sorted((op, of_pool) for op in reached for of_pool in (False, True))
 
 
 def test_the_choice_is_logged_once(start: Start, caplog: pytest.LogCaptureFixture) -> None:
