@@ -147,3 +147,22 @@ def test_a_model_without_such_layers_is_refused(tmp_path, capsys, config, why):
     with pytest.raises(SystemExit) as left:
         main(["compile", "--sm", "90", "--cache", str(tmp_path), "--model", str(tmp_path)])
     assert left.value.code == 2 and why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[]", "is not that of a model"),
+        ("5", "is not that of a model"),
+        ("{", "no config.json that can be read"),
+        ('{"text_config": null}', "has no linear_num_key_heads, so no GDN layers"),
+        ('{"text_config": 5}', "is not that of a model"),
+        ('{"linear_num_key_heads": "x", "linear_num_value_heads": 4}', "a size in its config.json is no number"),
+    ],
+)
+def test_a_folder_that_is_no_gdn_models(tmp_path, capsys, text, words):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit) as ended:
+        main(["compile", "--sm", "90", "--model", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and words in said.replace("\n", " ") and "Traceback" not in said

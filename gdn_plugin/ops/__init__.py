@@ -280,7 +280,7 @@ def verify(
         state_indices: [B, S] int32, any row stride, unique. Sequence i starts from row
             state_indices[i, num_accepted_tokens[i] - 1] and writes the state after its token t to row
             state_indices[i, t]; rows past its length are untouched. A sequence whose start row is padding is padding.
-        num_accepted_tokens: [B] int32, 1..S.
+        num_accepted_tokens: [B] int32, 1..S, of padding sequences with tokens too.
         cu_seqlens: [B+1]; sequences of at most S tokens.
         start_rows: [B] int32, where the caller has looked the rows to start from up: they are taken as they are, and
             num_accepted_tokens is not read. A row that another sequence writes in this call must not be among them.

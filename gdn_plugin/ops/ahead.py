@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gdn_plugin import cache, child
 from gdn_plugin.ops.selfcheck import fingerprint
@@ -122,14 +122,22 @@ def _run(platform: Platform, count: int, jobs: list[Job]) -> list[dict]:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # The package may be on sys.path by the current folder alone.
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    with tempfile.TemporaryDirectory(prefix="gdn-plugin-") as folder, open(Path(folder, "log"), "w+") as log:
+    with (
+        tempfile.TemporaryDirectory(prefix="gdn-plugin-") as folder,
+        open(Path(folder, "log"), "w+", encoding="utf-8", errors="replace") as log,
+    ):
         order = Path(folder, "order")
         order.write_bytes(pickle.dumps((platform, count, jobs)))
         with contextlib.suppress(TimeoutError, child.TimeoutExpired):
             child.run([sys.executable, "-m", COMPILER, str(order)], log=log, environment=environment, timeout=LONGEST_S)
         log.seek(0)
         lines = log.read().splitlines()
-    rows = [json.loads(line) for line in lines if line.startswith('{"name": ') and line.endswith("}")]
+    rows: list[dict] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):  # a compiler may say anything in between
+            row = json.loads(line)
+            if isinstance(row, dict) and row.keys() >= {"name", "seconds", "cached", "artifact", "error"}:
+                rows.append(row)
     if not rows:
         raise RuntimeError(f"the compiling processes ended early: {(lines or ['they said nothing'])[-1]}")
     return rows
@@ -147,8 +155,13 @@ def one_at_a_time(jobs: list[Job], platform: Platform) -> Iterator[Path | None]:
         yield None
         return
     name = _name(jobs, platform)
-    with FileLock(folder / f"{name}.lock"):
+    lock = FileLock(folder / f"{name}.lock")
+    with contextlib.suppress(Timeout):  # whoever has it hangs: two may compile the same, and nobody waits for ever
+        lock.acquire(timeout=LONGEST_S)
+    try:
         yield folder / f"{name}.json"
+    finally:
+        lock.release()
 
 
 def remember(kept: Path, artifacts: Iterable[str]) -> None:
@@ -161,7 +174,7 @@ def _found(jobs: list[Job], platform: Platform) -> int | None:
     """How many kernels lie there since this was done; None where it was not, or somebody has emptied the cache."""
     with contextlib.suppress(cache.CacheError):
         for folder in cache.folders(_FOLDER):  # an image's may be one that can only be read
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: done anew
                 artifacts = json.loads((folder / f"{_name(jobs, platform)}.json").read_text(encoding="utf-8"))
                 if all(map(os.path.exists, artifacts)):
                     return len(artifacts)

@@ -694,7 +694,7 @@ def fused_verify_case(
     """The whole step of speculative tokens: keywords as of conv_prologue_case, verify_case and fused_decode_case.
 
     Args:
-        accepted: by default 1, 2, ... in turn, of fresh sequences too, where it must not be read.
+        accepted: by default 1, 2, ... in turn; far beyond S where it must not be read: fresh, empty, padding sequences.
         null_slots: (sequence, token); not its first row, nor the one that it starts from.
         start_rows: hand over the rows to start from; those of fresh sequences lead nowhere.
         extra_columns: of conv_state, past the W-2+S that the op needs.
@@ -728,10 +728,11 @@ def fused_verify_case(
         [null_index if i in padding or (i, t) in null_slots else row for t, row in enumerate(own)]
         for i, own in enumerate(rows)
     ]
+    told = [n if i in started else 2**30 for i, n in enumerate(accepted)]
     origins = [2**31 - 1 if i in (fresh or ()) else named[i][n - 1] for i, n in enumerate(accepted)]
     args |= {
         "state_indices": m.table(named, index_stride, slots),
-        "num_accepted_tokens": m.tensor(accepted, torch.int32),
+        "num_accepted_tokens": m.tensor(told, torch.int32),
         "cu_seqlens": m.offsets(lens, offsets_dtype), "has_initial_state": m.initial(batch, fresh),
         "start_rows": m.tensor(origins, torch.int32) if start_rows else None,
         "num_k_heads": heads.k_heads, "head_k_dim": heads.k_dim, "head_v_dim": heads.v_dim,

@@ -281,11 +281,11 @@ def _unaligned(arguments: Mapping[str, Any], out: Any) -> bool:
     return True if pool is not None and pool.stride(0) * pool.itemsize % 16 != 0 else False  # noqa: SIM210
 
 
-def _used(op: str, phase: str) -> tuple[Choice | None, str]:
-    """What `use` says of an op: (what was resolved for it, a request for its phase)."""
+def _used(op: str, phase: str) -> tuple[Selection | None, str]:
+    """What `use` says of an op: (the selection that has it, a request for its phase)."""
     current = _current.get()
     if isinstance(current, Selection):
-        return current.choices.get(op), ""
+        return (current if op in current else None), ""
     return None, (current or {}).get(phase, "")
 
 
@@ -294,31 +294,31 @@ def _for_call(device: str, named: str, facts: tuple[Any, ...]) -> str:
     """The backend for Problem(*facts) on a device type; `named` is a request, "" for the current selection."""
     op = facts[0]
     phase = registry.PHASE_OF_OP[op]
-    chosen, given = _used(op, phase)
+    selection, given = _used(op, phase)
     key: tuple[Any, ...]
-    if chosen is not None and not named:
-        key = (device, chosen.name, chosen.request, facts)
+    if selection is not None and not named:
+        chosen = selection[op]
+        key = (device, selection.platform.sm, chosen.name, chosen.request, facts)
     else:
         key = (device, named, given, facts, settings.backend_request(phase), settings.backend_request())
     try:
         return _choices[key]
     except KeyError:
-        if chosen is not None and not named:
-            name = _still(chosen, device, Problem(*facts))
+        if selection is not None and not named:
+            name = _still(selection, device, Problem(*facts))
         else:
             name = _choose(device, Problem(*facts), named, given)
         _choices[key] = name
         return name
 
 
-def _still(chosen: Choice, device: str, problem: Problem) -> str:
+def _still(selection: Selection, device: str, problem: Problem) -> str:
     """The resolved backend where it can run this call too; else what its request gives for the call.
 
     A layer is resolved for the calls that its host has announced. One with other facts (rows off a boundary, say) goes
     to another backend under auto or by a list, and raises where the backend was asked for by name.
     """
-    current = _current.get()
-    platform = current.platform if isinstance(current, Selection) else probe(device)
+    chosen, platform = selection[problem.op], selection.platform
     if judge(chosen.backend, platform, problem).supported:
         return chosen.name
     return _choose(device, problem, chosen.request, "")
@@ -355,10 +355,11 @@ def warm_up(
         the backend's name.
     """
     platform = _platform(device)
-    chosen, given = _used(problem.op, problem.phase)
-    name = (
-        chosen.name if chosen is not None and not backend else _choose(platform.device, problem, backend or "", given)
-    )
+    selection, given = _used(problem.op, problem.phase)
+    if selection is not None and not backend:
+        name = selection[problem.op].name
+    else:
+        name = _choose(platform.device, problem, backend or "", given)
     warm(backend_op(problem.op, name), platform, problem, pool)
     return name
 

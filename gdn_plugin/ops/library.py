@@ -116,7 +116,8 @@ def _metadata(record: Op, given: Mapping[str, Any], out: Any, backend: object) -
     key: list[Any] = [record.name]
     try:
         several = len(record.outputs) > 1 and isinstance(out, (tuple, list))
-        for x in (*given.values(), *(out if several else (out,)), backend):
+        # By the record: the caller's keywords come in any order.
+        for x in (*(given[name] for name in record.names), *(out if several else (out,)), backend):
             kind = type(x)
             if kind is Tensor or kind is Parameter:
                 key += (x.shape, x.stride(), x.storage_offset(), x.dtype, x.device)

@@ -35,11 +35,11 @@ def check(op: str, arguments: Mapping[str, Any]) -> None:
         tokens = arguments["mixed_qkv" if "mixed_qkv" in arguments else "q"].shape[0]
         lens = _offsets(op, arguments["cu_seqlens"], tokens)
     if rows.dim() == 2:
-        _speculative(op, arguments, lens, rows.shape[1])
+        _speculative(op, arguments, lens, null_index)
         rows = rows[:, 0]
     elif arguments.get("num_accepted_tokens") is not None:
         most = arguments["conv_state"].shape[2] - arguments["conv_weight"].shape[1] + 2
-        _between(op, "num_accepted_tokens", arguments["num_accepted_tokens"], 1, most)
+        _accepted(op, arguments, _read(arguments, lens, rows, null_index), most)
         _at_most(op, lens, most)
     if arguments.get("checkpoints") is not None:
         _checkpoint_starts(op, arguments, lens)
@@ -81,25 +81,34 @@ def _offsets(op: str, cu_seqlens: Tensor, tokens: int) -> list[int]:
     return lens
 
 
-def _speculative(op: str, arguments: Mapping[str, Any], lens: list[int], slots: int) -> None:
+def _speculative(op: str, arguments: Mapping[str, Any], lens: list[int], null_index: int) -> None:
+    rows = arguments["state_indices"]
+    slots = rows.shape[1]
     _at_most(op, lens, slots)
-    starts, initial = arguments["start_rows"], arguments.get("has_initial_state")
-    if starts is None or "conv_state" in arguments:
-        _between(op, "num_accepted_tokens", arguments["num_accepted_tokens"], 1, slots)
+    starts, fused = arguments["start_rows"], "conv_state" in arguments
+    # verify knows padding by the row that a sequence starts from, which it has to look up.
+    read = _read(arguments, lens, rows[:, 0], null_index) if fused else [length > 0 for length in lens]
+    if starts is None or fused:
+        _accepted(op, arguments, read, slots)
     if starts is None:
         return
-    # Those of empty sequences and of fresh ones are not read, and two may be one.
-    pool_rows = arguments["state"].shape[0]
-    carried = [True] * len(lens) if initial is None else initial.tolist()
-    for row, length, read in zip(starts.tolist(), lens, carried, strict=True):
-        if length > 0 and read and row >= pool_rows:
+    pool_rows = arguments["state"].shape[0]  # two sequences may start from one
+    for row, is_read in zip(starts.tolist(), read, strict=True):
+        if is_read and row >= pool_rows:
             fail(op, "start_rows", f"rows below N = {pool_rows}", row)
 
 
-def _between(op: str, name: str, counts: Tensor, least: int, most: int) -> None:
-    for n in counts.tolist():
-        if not least <= n <= most:
-            fail(op, name, f"values from {least} to {most}", n)
+def _read(arguments: Mapping[str, Any], lens: list[int], rows: Tensor, null_index: int) -> list[bool]:
+    """Of which sequences the op reads what was before them: those with tokens, a row of their own, and a state."""
+    initial = arguments.get("has_initial_state")
+    carried = [True] * len(lens) if initial is None else initial.tolist()
+    return [n > 0 and row > null_index and has for n, row, has in zip(lens, rows.tolist(), carried, strict=True)]
+
+
+def _accepted(op: str, arguments: Mapping[str, Any], read: list[bool], most: int) -> None:
+    for n, is_read in zip(arguments["num_accepted_tokens"].tolist(), read, strict=True):
+        if is_read and not 1 <= n <= most:
+            fail(op, "num_accepted_tokens", f"values from 1 to {most}", n)
 
 
 def _at_most(op: str, lens: list[int], most: int) -> None:

@@ -22,6 +22,22 @@ BYTES = 256
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
+def model_config(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says of its text model.
+
+    Raises:
+        ValueError: there is none, or it is something else; one sentence.
+    """
+    try:
+        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as exc:
+        raise ValueError(f"{folder}: no config.json that can be read there") from exc
+    text = (config.get("text_config") or config) if isinstance(config, dict) else None
+    if not isinstance(text, dict):
+        raise ValueError(f"{folder}: its config.json is not that of a model")
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class TinyConfig:
     """Sizes of the checkpoint. `cycle` is how strongly the embedding decides the next token (0: not at all).

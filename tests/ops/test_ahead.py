@@ -70,6 +70,21 @@ def test_another_process_is_not_told_to_compile_it_again_unless_it_is_gone(choic
     assert (ahead.totals.made, ahead.totals.found) == (4, 2)
 
 
+@pytest.mark.parametrize("text", ["5", "[null]", "[", '{"a": 1}'])
+def test_a_damaged_record_is_written_anew(choices, compiler, monkeypatch, text):
+    kept = []
+    remember = ahead.remember
+    monkeypatch.setattr(ahead, "remember", lambda path, artifacts: kept.append(path) or remember(path, artifacts))
+    ahead.compile_ahead(choices, H100, 2)
+    ahead._asked.clear()
+    kept[0].write_text(text)
+    ahead.compile_ahead(choices, H100, 2)
+    assert len(compiler.orders) == 2
+    ahead._asked.clear()
+    ahead.compile_ahead(choices, H100, 2)
+    assert len(compiler.orders) == 2
+
+
 def test_a_kernel_that_failed_is_told_and_left_to_this_process(choices, compiler, caplog):
     compiler.rows[1]["error"] = "CompilationError: no"
     for _ in range(2):

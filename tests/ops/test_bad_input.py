@@ -315,3 +315,24 @@ def test_wrong_calls_are_pythons_own_errors():
         ops.decode(values["q"], **values)
     with pytest.raises(TypeError, match="too many positional"):
         ops.decode(*values.values(), 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("op", "one", "other"),
+    [
+        ("prefill", "state_indices", "cu_seqlens"),
+        ("conv_prologue", "num_k_heads", "head_k_dim"),
+        ("decode", "state_indices", "A_log"),
+        ("fused_decode", "num_k_heads", "head_v_dim"),
+        ("verify", "num_accepted_tokens", "cu_seqlens"),
+        ("gated_norm", "x", "weight"),
+    ],
+)
+def test_a_call_like_a_good_one_but_for_two_swapped_arguments(op, one, other):
+    """In the order that the caller wrote them the values are those of the good call."""
+    good = arguments(op)
+    wrong = {one: good[other], other: good[one]}
+    getattr(ops, op)(**good, backend="torch")
+    order = [other if name == one else one if name == other else name for name in good]
+    with pytest.raises(ValueError, match=rf"^gdn\.{op}: "):
+        getattr(ops, op)(**{name: (good | wrong)[name] for name in order}, backend="torch")

@@ -135,6 +135,14 @@ def test_a_selection_does_not_run_what_its_backend_cannot(monkeypatch, request_,
     dispatch.forget()
 
 
+def test_warm_up_follows_the_selection():
+    with ops.use(select(probe("cpu"), {"decode": PROBLEM}, {"decode": "reference"})):
+        assert ops.warm_up(PROBLEM, device="cpu") == "reference"
+        assert ops.warm_up(PROBLEM, "torch", device="cpu") == "torch"
+    with ops.use({"decode": "torch"}):
+        assert ops.warm_up(PROBLEM, device="cpu") == "torch"
+
+
 def test_use_refuses_an_unknown_phase():
     with pytest.raises(ValueError, match="prefil"), ops.use({"prefil": "torch"}):
         pass

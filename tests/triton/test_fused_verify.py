@@ -80,6 +80,8 @@ def test_either_row_makes_a_sequence_padding(where):
     rows = case.args["state_indices"]
     rows[0] = torch.tensor([3, 4, 5, 6]) + int(rows.max())  # beyond the pools: reading them would fault or show
     rows[0, 0 if where == "first row" else 2] = -1
+    if where == "start row":  # then how many were accepted is read
+        case.args["num_accepted_tokens"][0] = 3
     check(fused_verify, case)
 
 

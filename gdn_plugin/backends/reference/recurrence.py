@@ -198,15 +198,14 @@ def verify(
     q, k, v = _prepare(q, k, v, use_qk_l2norm, compute_dtype)
     log_decay, strength = gates(a, b, A_log, dt_bias, compute_dtype)
     offsets, rows = cu_seqlens.tolist(), state_indices.tolist()
-    if start_rows is None:
-        origins = [own[max(n - 1, 0)] for own, n in zip(rows, num_accepted_tokens.tolist(), strict=True)]
-    else:
-        origins = start_rows.tolist()
     for i, own in enumerate(rows):
         start, end = offsets[i], offsets[i + 1]
-        if start == end or origins[i] <= null_index:
+        if start == end:
             continue
-        S = state[origins[i]].to(compute_dtype)
+        origin = own[max(int(num_accepted_tokens[i]) - 1, 0)] if start_rows is None else int(start_rows[i])
+        if origin <= null_index:
+            continue
+        S = state[origin].to(compute_dtype)
         for t in range(start, end):
             S, out[t] = _step(S, q[t], k[t], v[t], log_decay[t], strength[t], scale)
             if own[t - start] > null_index:
@@ -231,8 +230,13 @@ def fused_verify(
         start, end = offsets[i], offsets[i + 1]
         here, one = slice(start, end), slice(i, i + 1)
         fresh = has_initial_state is not None and not bool(has_initial_state[i])
-        origin = own[max(int(num_accepted_tokens[i]) - 1, 0)] if start_rows is None else int(start_rows[i])
-        if start == end or own[0] <= null_index or (origin <= null_index and not fresh):
+        if start == end or own[0] <= null_index:
+            continue
+        if fresh:
+            origin = own[0]
+        else:
+            origin = own[max(int(num_accepted_tokens[i]) - 1, 0)] if start_rows is None else int(start_rows[i])
+        if origin <= null_index:
             continue
         length, value_heads = end - start, a.shape[1]
         q, k = (mixed_qkv.new_empty(length, num_k_heads, head_k_dim) for _ in range(2))

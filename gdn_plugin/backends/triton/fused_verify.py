@@ -161,8 +161,10 @@ def fused_verify_kernel(
             # Start rows are the table itself, or a table of one column; has_initial_state, if absent, any bytes.
             fresh = (has_initial != 0) & (tl.load(p_initial + i_b).to(tl.int32) == 0)
             first_column = tl.maximum(tl.load(p_accepted + i_b).to(tl.int64) - 1, 0)
-            row = tl.load(p_start + i_b * stride_start + tl.where(has_start != 0, 0, first_column)).to(tl.int64)
-            row = tl.where(fresh | (first_row <= null_index), first_row, row)
+            # What nobody starts from is not looked up: its number may be anything.
+            own = fresh | (first_row <= null_index)
+            i_start = tl.where(own | (has_start != 0), 0, first_column)
+            row = tl.where(own, first_row, tl.load(p_start + i_b * stride_start + i_start).to(tl.int64))
     p_out += start * stride_out_t
     length = end - start
     if row <= null_index:

@@ -99,11 +99,10 @@ class Plan:
             known = ", ".join(models.SIZES)
             raise BadArguments(f"--model {self.model}: no config.json there, no OWNER/NAME of a hub, none of: {known}")
         try:
-            said = json.loads(config.read_text(encoding="utf-8"))
+            positions = models.model_config(self.model).get("max_position_embeddings")
         except ValueError as exc:
-            raise BadArguments(f"--model {self.model}: its config.json is none") from exc
-        positions = said.get("text_config", said).get("max_position_embeddings", 0)
-        if positions and self.longest > positions:
+            raise BadArguments(f"--model {exc}") from exc
+        if isinstance(positions, int) and self.longest > positions:
             raise BadArguments(f"--model {self.model} takes {positions} tokens, these rounds need {self.longest}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli.problem import heads, pair
 from gdn_plugin.tools.cli.values import BadArguments, as_json, count, folder
 from gdn_plugin.tools.compile import BACKENDS, SMS, Row
+from gdn_plugin.tools.models import model_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,10 +78,9 @@ def run(args: argparse.Namespace) -> int:
 def layer_of_model(text: str) -> dict[str, Any]:
     """argparse type: what a model's config.json says of its GDN layers, as `Shape` names it."""
     try:
-        config = json.loads(Path(text, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise argparse.ArgumentTypeError(f"{text}: no config.json that can be read there") from exc
-    config = config.get("text_config", config)
+        config = model_config(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
     try:
         dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         return {
@@ -95,6 +94,8 @@ def layer_of_model(text: str) -> dict[str, Any]:
         }
     except KeyError as exc:
         raise argparse.ArgumentTypeError(f"{text}: its config.json has no {exc.args[0]}, so no GDN layers") from exc
+    except (TypeError, ValueError) as exc:
+        raise argparse.ArgumentTypeError(f"{text}: a size in its config.json is no number: {exc}") from exc
 
 
 def caches(folder: Path) -> dict[str, str]:
@@ -146,7 +147,7 @@ def _engine_rows(args: argparse.Namespace, shapes: Sequence[Any]) -> Iterator[Ro
     usual = Platform.simulated(f"sm_{args.sm}", sm_count=args.sm_count)
     platform = replace(usual, packages=installed_packages(), cuda=torch.version.cuda or usual.cuda)
     asked = dict.fromkeys(PHASES, args.backend or "auto")
-    wanted = [ahead.jobs_of(select(platform, shape.problems(), asked).choices.values(), platform) for shape in shapes]
+    wanted = [ahead.jobs_of(select(platform, shape.problems(), asked).reached(), platform) for shape in shapes]
     artifacts: dict[ahead.Job, str] = {}
     every = dict.fromkeys(job for jobs in wanted for job in jobs if not args.op or job[1].op in args.op)
     for job, row in compilation.compile_jobs(platform, list(every), args.workers or ahead.usable_processes()):

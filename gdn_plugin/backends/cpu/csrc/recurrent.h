@@ -50,7 +50,8 @@ struct Operand {
 };
 
 // The output from the new state itself, for a token that is not finite: worked out from the old one, what should be
-// NaN (inf - inf, in S q) would come out as infinity. Padding of the key dim is brought back to zeros.
+// NaN (inf - inf, in S q) would come out as infinity. Padding of the key dim is brought back to zeros. (Finite numbers
+// whose product overflows in the state alone are not looked for.)
 template <int64_t DT>
 [[gnu::noinline]] inline void output_again(void* rows, int64_t stride, int64_t vectors, const Token& token,
                                            int64_t value, int count) {
