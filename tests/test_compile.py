@@ -99,7 +99,7 @@ built = []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or built.append(src.name)
 problems = Shape(**layer_of_model(sys.argv[1]), bias_dtype="bfloat16", null_index=0, padding="scratch").problems()
 with stand_in(90) as loads:
-    for op in ("decode", "gated_norm"):
+    for op in ("fused_decode", "gated_norm"):
         warm(backend_op(op, "triton"), Platform.simulated("sm_90"), problems[op])
 print(json.dumps({"built": built, "held": compile_count(), "loaded": len(loads)}))
 """
@@ -123,13 +123,13 @@ def test_an_image_with_a_filled_cache_compiles_nothing(tmp_path, monkeypatch, ca
         monkeypatch.setenv(name, "")  # put back afterwards: the command sets them
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     cache = tmp_path / "cache"
-    ops = ["--backend", "triton", "--op", "decode", "--op", "gated_norm"]
+    ops = ["--backend", "triton", "--op", "fused_decode", "--op", "gated_norm"]
     assert main(["compile", "--sm", "90", "--model", str(tmp_path), "--cache", str(cache), *ops]) == 0
     shown = capsys.readouterr().out
-    assert f"TRITON_CACHE_DIR={cache / 'triton'}" in shown and "4 of 4 compiled" in shown
+    assert f"TRITON_CACHE_DIR={cache / 'triton'}" in shown and "14 of 14 compiled" in shown
     found = start(tmp_path, cache)
-    assert found == {"built": [], "held": 3, "loaded": 3}
-    assert len(start(tmp_path, tmp_path / "other")["built"]) == 3, "or the test above sees nothing"
+    assert found == {"built": [], "held": 8, "loaded": 8}
+    assert len(start(tmp_path, tmp_path / "other")["built"]) == 8, "or the test above sees nothing"
 
 
 @pytest.mark.parametrize(

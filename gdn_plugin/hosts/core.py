@@ -7,6 +7,8 @@ form a backend takes its arguments is said by its row (`Wants`).
 
 from __future__ import annotations
 
+import functools
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -380,6 +382,25 @@ class Core:
             num_accepted_tokens=num_accepted_tokens,
             null_index=self.shape.null_index,
         )
+
+
+@functools.cache
+def resolve(shape: Shape, requests: tuple[tuple[str, str], ...], device_type: str, log: logging.Logger) -> Selection:
+    """Backends for a rank's share of the layers, self-checked; one line in the host's log a distinct choice.
+
+    Args:
+        requests: (phase, request) pairs.
+    """
+    selection = ops.resolve(shape.problems(), dict(requests), device=device_type, compile_ahead=True)
+    for line in selection.describe():
+        log_once(log, logging.INFO, f"gdn_plugin: {line}")
+    return selection
+
+
+@functools.cache
+def log_once(log: logging.Logger, level: int, line: str) -> None:
+    """A line that every layer would say, once a process."""
+    log.log(level, line)
 
 
 def _keep_states(pool: Tensor, kept: Checkpoints, emitted: Tensor) -> None:

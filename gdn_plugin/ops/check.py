@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gdn_plugin.ops.record import ANY, CONV_ROWS, DENSE, FLOATS, INNER, IO, IO_OR_FP32, ROWS, Argument, Op
+from gdn_plugin.ops.record import ANY, CONV_ROWS, DENSE, FLOATS, INNER, IO, IO_OR_FP32, ROWS, Argument, Op, dtype_name
 
 
 def fail(op: str, name: str, expected: str, got: object) -> NoReturn:
@@ -134,8 +134,8 @@ def _wrong_tensor(op: str, name: str, argument: Argument, x: Any, lead: Any, lea
         fail(op, name, f"{' or '.join(map(str, ranks))} dimensions", f"shape {tuple(x.shape)}")
     allowed = _allowed(argument.dtypes, None if x is lead else lead.dtype)
     if x.dtype not in allowed:
-        beside = "" if x is lead else f" ({lead_name} is {_dtype(lead.dtype)})"
-        fail(op, name, " or ".join(dict.fromkeys(map(_dtype, allowed))) + beside, _dtype(x.dtype))
+        beside = "" if x is lead else f" ({lead_name} is {dtype_name(lead.dtype)})"
+        fail(op, name, " or ".join(dict.fromkeys(map(dtype_name, allowed))) + beside, dtype_name(x.dtype))
     fail(op, name, f"a tensor on {lead.device}, as {lead_name} is", str(x.device))
 
 
@@ -145,10 +145,6 @@ def _allowed(dtypes: Any, io: torch.dtype | None) -> tuple[torch.dtype, ...]:
     if dtypes == IO:
         return FLOATS if io is None else (io,)
     return (io or torch.float32, torch.float32) if dtypes == IO_OR_FP32 else dtypes
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _expressions(record: Op, name: str, argument: Argument, x: Tensor, sizes: dict[str, int]) -> None:

@@ -27,6 +27,12 @@ DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 
 REQUIRED: Any = object()  # no default
 
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the registry and messages spell it: "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 # What a tensor argument may be. IO: the dtype of the op's leading tensor, which may be any of these.
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 IO = "io"

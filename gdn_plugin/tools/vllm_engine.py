@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gdn_plugin.hosts.vllm import engine as vllm
 from gdn_plugin.tools.bench import rounds
 
 ENVIRONMENT = {
@@ -33,15 +34,13 @@ ENVIRONMENT = {
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Start the engine, send the rounds, return what it said."""
-    from vllm import LLM, SamplingParams
-
     began = time.perf_counter()
-    engine = LLM(**job["llm"], disable_log_stats=False)
+    engine = vllm.start(**job["llm"])
     if "bench" in job:
         startup_s, layers = time.perf_counter() - began, _layers(engine)
-        measured = rounds.run(engine, SamplingParams, len(layers), job["bench"])
+        measured = rounds.run(engine, vllm.sampling, len(layers), job["bench"])
         return measured | {"startup_s": startup_s, "layers": layers}
-    sampling = SamplingParams(
+    sampling = vllm.sampling(
         temperature=0.0,
         max_tokens=job["max_tokens"],
         logprobs=job["logprobs"],

@@ -318,7 +318,7 @@ def test_idle_steps_and_the_profile_run_only_warm_up(
     before = [pool.clone() for pool in layer.kv_cache]
     with set_forward_context(None, vllm_config), torch.inference_mode():
         outs = [layer(torch.randn(7, SIZES["hidden_size"])) for _ in range(2)]
-    assert sorted(asked) == sorted(layer._gdn_core.shape.problems())  # once
+    assert sorted(asked) == sorted(set(layer._gdn_core.shape.problems()) - {"decode"})  # which is fused; each once
     assert not any(out.any() for out in outs)  # nothing that memory held
     for pool, was in zip(layer.kv_cache, before, strict=True):
         assert torch.equal(pool, was)

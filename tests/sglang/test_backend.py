@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin import ops
-from gdn_plugin.hosts import warm_up
+from gdn_plugin.hosts import core, warm_up
 from gdn_plugin.registry import NoBackendError
 from gdn_plugin.settings import SettingsError
 from tests.sglang import fakes
@@ -39,6 +39,8 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Start:
         fakes.install(monkeypatch, **host)
         monkeypatch.setattr(warm_up, "Finalize", lambda *_, **__: None)  # which would tell of this process, at its end
         monkeypatch.setenv("GDN_PLUGIN_BACKEND", name)
+        core.log_once.cache_clear()  # as in a fresh process
+        core.resolve.cache_clear()
         module = importlib.import_module("gdn_plugin.hosts.sglang.backend")
         return module.GdnPluginBackend(runner or fakes.runner())
 

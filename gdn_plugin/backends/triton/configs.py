@@ -11,6 +11,8 @@ from typing import Generic, TypeVar
 
 import torch
 
+from gdn_plugin.ops.record import dtype_name
+
 # sm 0, K 0, V 0 and dtype "" stand for "any".
 Key = tuple[int, int, int, str]
 Row = TypeVar("Row")
@@ -42,7 +44,7 @@ class Table(Generic[Row]):
         return found
 
     def _search(self, sm: int, head_k_dim: int, head_v_dim: int, dtype: torch.dtype) -> Row:
-        for wanted_dtype in (str(dtype).removeprefix("torch."), ""):
+        for wanted_dtype in (dtype_name(dtype), ""):
             for wanted_sm in (sm, sm // 10 * 10, 0):
                 for dims in ((head_k_dim, head_v_dim), (head_k_dim, 0), (0, head_v_dim), (0, 0)):
                     row = self.rows.get((wanted_sm, *dims, wanted_dtype))

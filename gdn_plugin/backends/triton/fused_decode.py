@@ -25,9 +25,6 @@ must not share it: a graph uses the workspace of the stream it was captured on.
 # ruff: noqa: RUF005 - Triton has no unpacking of tuples
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -44,7 +41,7 @@ from gdn_plugin.backends.triton.gates import (
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
-from gdn_plugin.backends.triton.variants import KernelVariant, either, variants_of
+from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
 
@@ -264,17 +261,9 @@ def run(
     )  # fmt: skip
 
 
-def calls(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Without the norm and with it; dt_bias and the norm's weight in the io dtype and in fp32."""
-    for dt_bias in either(arguments["dt_bias"]):
-        yield arguments | {"dt_bias": dt_bias, "z": None, "norm_weight": None}
-        for norm_weight in either(arguments["norm_weight"]):
-            yield arguments | {"dt_bias": dt_bias, "norm_weight": norm_weight}
-
-
 def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -> list[KernelVariant]:
     """See BackendOp.variants and `variants_of`."""
-    return variants_of(run, calls, platform, problem, pool)
+    return variants_of(run, fused_forms, platform, problem, pool)
 
 
 FUSED_DECODE = BackendOp(run=run, variants=variants, compile_count=compile_count, interleaved=True)

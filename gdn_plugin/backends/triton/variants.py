@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gdn_plugin.backends.triton.launch import Launch, interpreting, recorded
 from gdn_plugin.ops.cases import case
+from gdn_plugin.ops.record import dtype_name
 from gdn_plugin.registry import Platform, Problem, Variant
 
 # Tokens of each sequence. One short sequence, one long and many are the ends of every rule by which launchers choose:
@@ -175,6 +176,14 @@ def either(parameter: Tensor) -> tuple[Tensor, Tensor]:
     return parameter, torch.empty_like(parameter, dtype=torch.float32)
 
 
+def fused_forms(arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Of a fused op: without the norm and with it; dt_bias and the norm's weight in the io dtype and in fp32."""
+    for dt_bias in either(arguments["dt_bias"]):
+        yield arguments | {"dt_bias": dt_bias, "z": None, "norm_weight": None}
+        for norm_weight in either(arguments["norm_weight"]):
+            yield arguments | {"dt_bias": dt_bias, "norm_weight": norm_weight}
+
+
 def _launches(
     run: Callable[..., None],
     calls: Callable[[dict[str, Any]], Iterable[Mapping[str, Any]]],
@@ -200,7 +209,7 @@ def _launches(
 def _may_come(problem: Problem, call: Mapping[str, Any]) -> bool:
     """Whether a call agrees with what the problem says and may leave open."""
     bias, norm = call.get("dt_bias"), call.get("use_qk_l2norm")
-    if bias is not None and problem.bias_dtype not in ("", str(bias.dtype).removeprefix("torch.")):
+    if bias is not None and problem.bias_dtype not in ("", dtype_name(bias.dtype)):
         return False
     return norm is None or problem.qk_l2norm in (None, norm)
 

@@ -9,7 +9,6 @@ Importing this module imports the host's backend.
 
 from __future__ import annotations
 
-import functools
 import logging
 from typing import Any
 
@@ -19,12 +18,12 @@ from sglang.srt.runtime_context import get_exec
 from sglang.srt.utils.common import cpu_has_amx_support
 from torch import Tensor
 
-from gdn_plugin import ops
 from gdn_plugin.hosts.batch import CHECKPOINT_ALIGNMENT
-from gdn_plugin.hosts.core import Core, Parameters, Shape
+from gdn_plugin.hosts.core import Core, Parameters, Shape, log_once, resolve
 from gdn_plugin.hosts.sglang.metadata import NULL_INDEX, PADDING, decode_batch, extend_batch
 from gdn_plugin.hosts.warm_up import warm_up, warm_up_pool
-from gdn_plugin.registry import Selection, requests
+from gdn_plugin.ops.record import dtype_name
+from gdn_plugin.registry import requests
 
 _log = logging.getLogger("sglang.gdn_plugin")
 
@@ -52,11 +51,11 @@ class GdnPluginBackend(GDNAttnBackend):
             return  # a pipeline stage without GDN layers
         reason = _left_to_host(cache, self.mamba_chunk_size)
         if reason is not None:
-            _log_once(logging.WARNING, f"gdn_plugin: GDN layers are left to SGLang: {reason}")
+            log_once(_log, logging.WARNING, f"gdn_plugin: GDN layers are left to SGLang: {reason}")
             return
         state = cache.temporal[0]
         shape = _shape(cache.conv[0], cache.temporal, model_runner.dtype, pool.enable_mamba_extra_buffer)
-        self._gdn_core = Core(shape, _resolve(shape, tuple(wanted.items()), state.device.type))
+        self._gdn_core = Core(shape, resolve(shape, tuple(wanted.items()), state.device.type, _log))
         warm_up(self._gdn_core, state.device, _log)
         warm_up_pool(self._gdn_core, state, _log)
 
@@ -128,7 +127,7 @@ class GdnPluginBackend(GDNAttnBackend):
             reason = _layer_left_to_host(layer, core.shape)
             served = self._gdn_served[layer.layer_id] = reason is None
             if reason is not None:
-                _log_once(logging.WARNING, f"gdn_plugin: layer {layer.layer_id} is left to SGLang: {reason}")
+                log_once(_log, logging.WARNING, f"gdn_plugin: layer {layer.layer_id} is left to SGLang: {reason}")
         return core if served else None
 
     def _gdn_parameters(self, layer: Any) -> Parameters:
@@ -155,8 +154,8 @@ def _shape(conv: Tensor, temporal: Tensor, dtype: torch.dtype, checkpoints: bool
     """From the pools of all layers, conv [L, N, dim, W-1] and temporal [L, N, Hv, V, K], of this rank's sizes."""
     _, _, heads, v_dim, k_dim = temporal.shape
     return Shape(
-        dtype=_name(dtype),
-        state_dtype=_name(temporal.dtype),
+        dtype=dtype_name(dtype),
+        state_dtype=dtype_name(temporal.dtype),
         num_k_heads=(conv.shape[2] - heads * v_dim) // (2 * k_dim),
         num_v_heads=heads,
         head_k_dim=k_dim,
@@ -180,7 +179,7 @@ def _left_to_host(cache: Any, chunk: int) -> str | None:
     if get_exec().deterministic.enable_deterministic_inference:
         return "--enable-deterministic-inference promises results that do not depend on the batch, the ops do not"
     if temporal.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the state is {_name(temporal.dtype)}, the ops have float32, bfloat16 and float16"
+        return f"the state is {dtype_name(temporal.dtype)}, the ops have float32, bfloat16 and float16"
     if conv.dim() != 4 or temporal.dim() != 5 or not temporal[0, 0].is_contiguous():
         return f"its pools are of a form that the plugin does not know, {tuple(conv.shape)} and {tuple(temporal.shape)}"
     if chunk % CHECKPOINT_ALIGNMENT:
@@ -199,27 +198,9 @@ def _layer_left_to_host(layer: Any, shape: Shape) -> str | None:
     if layer.lower_bound is not None:
         return f"its gate is bounded from below by {layer.lower_bound}, the ops' is not"
     if layer.A_log.dtype != torch.float32:
-        return f"A_log is {_name(layer.A_log.dtype)}, the ops take float32"
+        return f"A_log is {dtype_name(layer.A_log.dtype)}, the ops take float32"
     return None
 
 
 def _value_heads(of: Any) -> tuple[int, int]:
     return of.num_v_heads, of.head_v_dim
-
-
-@functools.cache
-def _resolve(shape: Shape, wanted: tuple[tuple[str, str], ...], device_type: str) -> Selection:
-    """Backends for a rank's share, self-checked; one log line a distinct choice."""
-    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type, compile_ahead=True)
-    for line in selection.describe():
-        _log_once(logging.INFO, f"gdn_plugin: {line}")
-    return selection
-
-
-@functools.cache
-def _log_once(level: int, line: str) -> None:
-    _log.log(level, line)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

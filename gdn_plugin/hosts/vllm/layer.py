@@ -10,7 +10,6 @@ only once the host itself has.
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from dataclasses import replace
@@ -26,14 +25,15 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import _encode_layer_name
 from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
-from gdn_plugin import __version__, ops
+from gdn_plugin import __version__
 from gdn_plugin.hosts.batch import CHECKPOINT_ALIGNMENT
-from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Shape
+from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Shape, log_once, resolve
 from gdn_plugin.hosts.vllm.metadata import NULL_INDEX, PADDING, batch_of
 from gdn_plugin.hosts.vllm.patches import align_copies_on_cpu, fresh_speculative_rows, saved_models
 from gdn_plugin.hosts.vllm.patches.freed_memory import keep_freed_memory
 from gdn_plugin.hosts.warm_up import warm_up, warm_up_pool
-from gdn_plugin.registry import Selection, requests
+from gdn_plugin.ops.record import dtype_name
+from gdn_plugin.registry import requests
 
 # Below vLLM's own logger, so that its handlers and its level apply.
 _log = logging.getLogger("vllm.gdn_plugin")
@@ -58,12 +58,12 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         wanted = _requests(vllm_config)
         reason = self._left_to_host()
         if reason is not None:
-            _log_once(logging.WARNING, f"gdn_plugin: GDN layers are left to vLLM: {reason}")
+            log_once(_log, logging.WARNING, f"gdn_plugin: GDN layers are left to vLLM: {reason}")
             return
         align = vllm_config.cache_config.mamba_cache_mode == "align"
         shape = Shape(
-            dtype=_name(vllm_config.model_config.dtype),
-            state_dtype=_name(self.get_state_dtype()[1]),
+            dtype=dtype_name(vllm_config.model_config.dtype),
+            state_dtype=dtype_name(self.get_state_dtype()[1]),
             num_k_heads=self.num_k_heads // self.tp_size,
             num_v_heads=self.num_v_heads // self.tp_size,
             head_k_dim=self.head_k_dim,
@@ -71,11 +71,11 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             conv_width=self.conv_kernel_size,
             spec_tokens=self.num_spec + 1 if self.num_spec else 0,
             checkpoints=align,
-            bias_dtype=_name(self.dt_bias.dtype),
+            bias_dtype=dtype_name(self.dt_bias.dtype),
             null_index=NULL_INDEX,
             padding=PADDING,
         )
-        self._gdn_core = Core(shape, _resolve(shape, tuple(wanted.items()), current_platform.device_type))
+        self._gdn_core = Core(shape, resolve(shape, tuple(wanted.items()), current_platform.device_type, _log))
         # One op then takes the projections as they are, and a decode step is one launch with its norm.
         self._gdn_packed = self._norm_is_ours()
         self._forward_method = self._forward_plugin
@@ -91,7 +91,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             self._checkpoint_alignment = CHECKPOINT_ALIGNMENT  # read by vLLM 0.33's own get_kv_cache_spec
             if self.num_spec and current_platform.is_cpu():
                 for kernel in align_copies_on_cpu.fill_gap():
-                    _log_once(logging.INFO, f"gdn_plugin: {kernel} runs without Triton")
+                    log_once(_log, logging.INFO, f"gdn_plugin: {kernel} runs without Triton")
 
     def _left_to_host(self) -> str | None:
         """Why the ops cannot serve this layer; None where they can."""
@@ -100,7 +100,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         if self.activation not in ("silu", "swish"):
             return f"the convolution's activation is {self.activation!r}, the ops have silu"
         if (state := self.get_state_dtype()[1]) not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"the state is {_name(state)}, the ops have float32, bfloat16 and float16"
+            return f"the state is {dtype_name(state)}, the ops have float32, bfloat16 and float16"
         if not hasattr(self, "in_proj_qkvz") or not hasattr(self, "in_proj_ba"):
             return "its projections are split in a way the plugin does not know"
         return None
@@ -257,21 +257,3 @@ def _mark_compiled_models(vllm_config: VllmConfig) -> None:
     """
     if isinstance(vllm_config.additional_config, dict):
         vllm_config.additional_config["gdn_plugin_attached"] = __version__
-
-
-@functools.cache
-def _resolve(shape: Shape, wanted: tuple[tuple[str, str], ...], device_type: str) -> Selection:
-    """Backends for a layer's share, self-checked; one log line a distinct choice."""
-    selection = ops.resolve(shape.problems(), dict(wanted), device=device_type, compile_ahead=True)
-    for line in selection.describe():
-        _log_once(logging.INFO, f"gdn_plugin: {line}")
-    return selection
-
-
-@functools.cache
-def _log_once(level: int, line: str) -> None:
-    _log.log(level, line)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
