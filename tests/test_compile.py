@@ -108,7 +108,8 @@ SIZES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_hea
 
 
 def start(folder, cache):
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    # All else as the compiling processes had it: a variable that names another ptxas is part of Triton's key.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= caches(cache) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", START, str(folder)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)

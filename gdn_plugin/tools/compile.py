@@ -5,6 +5,7 @@ Triton's kernels compile in processes of their own (`workers` of them), FlashInf
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -153,9 +154,21 @@ def _begin(sm: int | None, environment: Mapping[str, str]) -> None:
     child.end_with_parent()
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ |= environment
+    _keep_ptxas()
     if sm in ARCHS:  # read when FlashInfer and its DSL are imported
         os.environ.setdefault("CUTE_DSL_ARCH", ARCHS[sm])
         os.environ.setdefault("FLASHINFER_CUDA_ARCH_LIST", arch_list(sm))
+
+
+def _keep_ptxas() -> None:
+    """Triton's kernels are found under the version of the ptxas that made them: here the one that the caller has.
+
+    FlashInfer names another one when it is imported, which a worker does between two of Triton's kernels.
+    """
+    with contextlib.suppress(ImportError, AttributeError):  # no Triton, or one without the tool
+        from triton import knobs
+
+        os.environ.setdefault("TRITON_PTXAS_BLACKWELL_PATH", knobs.nvidia.ptxas_blackwell.path)
 
 
 _listed: dict[tuple[str, Problem, str], list[Any]] = {}
