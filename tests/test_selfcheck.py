@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from gdn_plugin import ops
-from gdn_plugin.backends.reference import recurrence as reference
 from gdn_plugin.ops import dispatch, selfcheck
 from gdn_plugin.ops.record import OPS as RECORDS
 from gdn_plugin.registry import OPS, Backend, BackendOp, NoBackendError, Platform, Problem, SelfCheckError, Wants
 from gdn_plugin.registry.table import TABLE
+from tests.support.checks import reference
 
 CPU = Platform.simulated("cpu")
-RESULT = dict.fromkeys(OPS, "out") | {"conv_prologue": "q"}
+RESULT = dict.fromkeys(OPS, "out") | {"conv_prologue": "q", "replay_fold": "state"}
 PLAIN = Wants()
 WITH_STATE = [op for op in OPS if op != "gated_norm"]
 
@@ -54,7 +54,7 @@ def wrong(op, change):
     """The reference, with `change(arguments by name)` afterwards."""
 
     def run(**arguments):
-        getattr(reference, op)(**arguments)
+        reference(op)(**arguments)
         change(arguments)
 
     return run
@@ -67,7 +67,7 @@ def test_the_recurrence_passes_its_own_check(backend, op, dtype, state_dtype):
     case = problem(op, dtype=dtype, state_dtype=state_dtype, checkpoints=op == "prefill", max_spec_tokens=3)
     prepared = Wants(exp_gate=True, zeroed_fresh_rows=True, dense_rows=True, scratch_row=True, contiguous=True)
     for wants in (Wants(), prepared):
-        result = selfcheck.run(backend(getattr(reference, op), wants=wants), case, "cpu")
+        result = selfcheck.run(backend(reference(op), wants=wants), case, "cpu")
         assert result.failure is None, result
         assert all(error < result.limit / 4 for error in result.errors.values())
 
@@ -131,7 +131,7 @@ def test_checked_once_a_family(backend):
 
     def count(**arguments):
         calls.append(1)
-        reference.decode(**arguments)
+        reference("decode")(**arguments)
 
     mine = backend(count)
     for sequences in (0, 1, 128):
@@ -147,7 +147,7 @@ def test_random_state_and_defaults_of_the_host_are_left_alone(backend):
     torch.manual_seed(3)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        assert selfcheck.run(backend(reference.prefill), problem("prefill"), "cpu").ok
+        assert selfcheck.run(backend(reference("prefill")), problem("prefill"), "cpu").ok
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.rand(1), expected)
@@ -181,7 +181,7 @@ class TestPolicy:
         def zero(op):
             return wrong(op, lambda named: named[RESULT[op]].zero_())
 
-        offered = {op: (backend(zero(op), f"bad_{op}"), backend(getattr(reference, op), f"good_{op}")) for op in OPS}
+        offered = {op: (backend(zero(op), f"bad_{op}"), backend(reference(op), f"good_{op}")) for op in OPS}
         offered = {
             op: (Backend("bad", bad.target), Backend("good", good.target)) for op, (bad, good) in offered.items()
         }

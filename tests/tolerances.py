@@ -36,6 +36,10 @@ COMPUTE: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "fused_decode": {torch.float32: (2e-5, 2e-5), torch.float16: (3e-3, 6e-3), torch.bfloat16: (2e-2, 3e-2)},
     "verify": {torch.float32: (2e-5, 2e-5), torch.float16: (2e-3, 5e-3), torch.bfloat16: (1e-2, 2e-2)},
     "fused_verify": {torch.float32: (2e-5, 2e-5), torch.float16: (3e-3, 6e-3), torch.bfloat16: (2e-2, 3e-2)},
+    # as the fused ops, with the rounding of ring_u to its dtype beside that of k
+    "replay_decode": {torch.float32: (2e-5, 2e-5), torch.float16: (3e-3, 6e-3), torch.bfloat16: (2e-2, 3e-2)},
+    "replay_verify": {torch.float32: (2e-5, 2e-5), torch.float16: (3e-3, 6e-3), torch.bfloat16: (2e-2, 3e-2)},
+    "replay_fold": {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 5e-3), torch.bfloat16: (5e-3, 2e-2)},
 }
 
 # Compiled against eager runs the same ops on the same values: only fusion of the surrounding arithmetic may differ.

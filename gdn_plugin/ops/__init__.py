@@ -5,7 +5,8 @@ Per value head, with state S in R^{V x K} (Yang et al., "Gated Delta Networks", 
     S <- exp(g_t) * S;    S <- S + beta_t * (v_t - S k_t) k_t^T;    o_t = scale * S q_t
 
 Letters: T packed tokens, B sequences, Hk key heads, Hv value heads (a multiple of Hk; value head h reads key head
-h // (Hv // Hk)), K and V head dims, W the width of the convolution, dim = 2*Hk*K + Hv*V, N pool rows.
+h // (Hv // Hk)), K and V head dims, W the width of the convolution, dim = 2*Hk*K + Hv*V, N pool rows, R slots of a
+ring.
 
 The same for every function here:
 
@@ -54,6 +55,9 @@ __all__ = [
     "fused_verify",
     "gated_norm",
     "prefill",
+    "replay_decode",
+    "replay_fold",
+    "replay_verify",
     "resolve",
     "use",
     "verify",
@@ -338,4 +342,135 @@ def fused_verify(
         scale: on the delta rule's output; None is K^-0.5.
     Returns:
         out [T, Hv, V]: the buffer given, or a new one.
+    """
+
+
+@public(OPS["replay_decode"])
+def replay_decode(
+    mixed_qkv: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    ring_k: Tensor,
+    ring_u: Tensor,
+    ring_g: Tensor,
+    ring_span: Tensor,
+    state_indices: Tensor,
+    *,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    scale: float | None = None,
+    z: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: str = "silu",
+    null_index: int = -1,
+    zero_padding: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """fused_decode that does not write the state at every token: the token's update goes to the row's ring.
+
+    A row's state S_n is its anchor S_0, which `state` holds, and the n updates in its ring, in their order:
+
+        S_i = exp(g_i) S_(i-1) + u_i k_i^T,    u_i = beta_i (v_i - exp(g_i) S_(i-1) k_i)
+
+    The outputs follow from S_0 and the updates without S_n (gdn_plugin.backends.triton.replay has the sums). A token
+    reads the state once and writes k, u and g. Before a step for which the ring has no room, where n + 2 S > R, S_n is
+    written to `state` and the ring starts anew; S is 1 here, or what conv_state has columns for, columns - W + 2, so
+    that replay_verify can follow.
+
+    Args:
+        mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, z, norm_weight, norm_eps, gate, scale: as
+            in fused_decode.
+        state: written only where the ring is full.
+        ring_k: [N, R, Hk, K] io dtype, keys as used. ring_u: [N, R, Hv, V] fp32, bf16 or fp16. ring_g: [N, R, Hv] fp32.
+            Rows dense, any distance apart, of `state`'s numbers; R >= 2 S. Slots that hold nothing are not read.
+        ring_span: [N, Hk, 2] int32: the slot of the first update and how many there are, the same for every key head;
+            they go on from slot R-1 to slot 0. A row of zeros makes the row a plain state. New updates go to the slots
+            behind, those of a fold too, which then only moves the first slot on.
+    Returns:
+        out [B, Hv, V]: the buffer given, or a new one.
+    """
+
+
+@public(OPS["replay_verify"])
+def replay_verify(
+    mixed_qkv: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor,
+    a: Tensor,
+    b: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    ring_k: Tensor,
+    ring_u: Tensor,
+    ring_g: Tensor,
+    ring_span: Tensor,
+    state_indices: Tensor,
+    num_accepted_tokens: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    num_k_heads: int,
+    head_k_dim: int,
+    head_v_dim: int,
+    has_initial_state: Tensor | None = None,
+    scale: float | None = None,
+    z: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    gate: str = "silu",
+    null_index: int = -1,
+    zero_padding: bool = False,
+    out: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """fused_verify with one row a sequence: the ring keeps every token's update, the next step counts the good ones.
+
+    Of the step before, the first token always counts and ring_span says so; num_accepted_tokens - 1 more updates count
+    from now on, so that a sequence begins with held + num_accepted_tokens - 1 updates. Whatever else that step wrote is
+    written over.
+
+    Args:
+        state_indices: [B] int32, any stride.
+        num_accepted_tokens: [B] int32, 1..S; 1 behind a prefill, a fold or replay_decode.
+        cu_seqlens: [B+1]; sequences of at most S tokens, S = columns of conv_state - W + 2.
+        has_initial_state: [B] bool; False starts from a zero state, which is written to `state`, zero history and an
+            empty ring, whatever the rows hold, and does not read num_accepted_tokens. None: all True.
+        others: as in replay_decode and fused_verify.
+    Returns:
+        out [T, Hv, V]: the buffer given, or a new one.
+    """
+
+
+@public(OPS["replay_fold"])
+def replay_fold(
+    ring_k: Tensor,
+    ring_u: Tensor,
+    ring_g: Tensor,
+    ring_span: Tensor,
+    state: Tensor,
+    state_indices: Tensor,
+    *,
+    has_initial_state: Tensor | None = None,
+    num_accepted_tokens: Tensor | None = None,
+    null_index: int = -1,
+    backend: str | None = None,
+) -> None:
+    """Rows with a ring become plain states, for whoever reads a row as a state: S_n is written, the ring emptied.
+
+    Args:
+        ring_k, ring_u, ring_g, ring_span, state: as in replay_decode. The state of a row whose ring is empty keeps its
+            bits; its spans become zero.
+        state_indices: [B] int32, any stride.
+        has_initial_state: [B] bool; where False the ring is emptied and the state left alone. None: all True.
+        num_accepted_tokens: [B] int32, as in replay_verify; None: all 1.
     """

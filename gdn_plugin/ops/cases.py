@@ -25,7 +25,13 @@ WIDTH = 4  # of the convolution, as in every published GDN model
 CHECKPOINT_EVERY = 64
 NAN = float("nan")
 _ALIGN = 64  # bytes
-_OF_PROJECTIONS = ("conv_prologue", "fused_decode", "fused_verify")  # take slices of what a projection gives
+_OF_PROJECTIONS = (
+    "conv_prologue",
+    "fused_decode",
+    "fused_verify",
+    "replay_decode",
+    "replay_verify",
+)  # take slices of what a projection gives
 _Parts = Mapping[str, tuple[tuple[int, ...], torch.dtype]]  # name -> (shape of a row, dtype)
 
 
@@ -84,7 +90,7 @@ def pages(
     Args:
         parts: name -> (shape of a row, dtype). One part alone is packed without gaps.
         page_tail: elements of the last part's dtype between rows.
-        layout: "SD" swaps the two dims of a 2-D row in memory.
+        layout: "SD" swaps the two dims of conv_state's rows in memory.
     """
     starts, end, last = [], 0, 1
     for shape, dtype in parts.values():
@@ -101,7 +107,7 @@ def pages(
     base = torch.empty(0 if meta else size, dtype=torch.uint8, device=device).fill_(255)
     pools = {}
     for start, (name, (shape, dtype)) in zip(starts, parts.items(), strict=True):
-        if layout == "SD" and len(shape) == 2:
+        if layout == "SD" and name == "conv_state":
             inner: tuple[int, ...] = (1, shape[0])
         else:
             inner = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
@@ -123,8 +129,8 @@ class Case:
         io_dtype: of its tokens.
         args: the inputs by the name of the record's argument; pools, outputs and zero_padding are absent.
         pools: what the op mutates, by name.
-        written: by pool, row -> how many of its last dim's elements the op must write there. Every other byte of the
-            pool's base must survive, those of `free` rows excepted.
+        written: by pool, row -> what the op must write there: so many of its last dim's elements, or these slots of a
+            ring. Every other byte of the pool's base must survive, those of `free` rows excepted.
         outputs: by name, (shape, dtype) of the outputs.
         live: [T] bool on the CPU, tokens that are not padding.
         free: by pool, rows that a backend may write although nobody reads them (padding "scratch").
@@ -135,7 +141,7 @@ class Case:
     io_dtype: torch.dtype
     args: dict[str, Any]
     pools: dict[str, Pool]
-    written: dict[str, dict[int, int]]
+    written: Mapping[str, Mapping[int, int | tuple[int, ...]]]
     outputs: _Parts
     live: Tensor
     free: dict[str, Collection[int]] = field(default_factory=dict)
@@ -143,7 +149,7 @@ class Case:
 
     @property
     def has_zero_padding(self) -> bool:
-        return self.op not in ("conv_prologue", "gated_norm")
+        return self.op not in ("conv_prologue", "gated_norm", "replay_fold")
 
     @property
     def device(self) -> torch.device:
@@ -169,7 +175,9 @@ class Case:
     def precise_arguments(self, dtype: torch.dtype, device: str | torch.device = "cpu") -> dict[str, Any]:
         """The same for the truth: pools and outputs of `dtype` on `device`, so that nothing is rounded on its way."""
         given = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in self.args.items()}
-        given |= {n: pool.view.to(device, dtype, copy=True) for n, pool in self.pools.items()}
+        for name, pool in self.pools.items():
+            own = dtype if pool.view.is_floating_point() else pool.view.dtype
+            given[name] = pool.view.to(device, own, copy=True)
         given |= {n: torch.full(s, NAN, dtype=dtype, device=device) for n, (s, _) in self.outputs.items()}
         given |= {name: given[source] for name, source in self.aliases.items()}
         return given | ({"zero_padding": True} if self.has_zero_padding else {})
@@ -186,8 +194,9 @@ class Case:
         """[shape of the pool] bool: the elements that the op must write."""
         view = self.pools[name].view
         mask = torch.zeros(view.shape, dtype=torch.bool, device=device or view.device)
-        for row, columns in self.written[name].items():
-            mask[row, ..., :columns] = True
+        for row, part in self.written[name].items():
+            for piece in _pieces(mask[row], part):
+                piece.fill_(True)
         return mask
 
     def trespass(self, arguments: Mapping[str, Any]) -> str | None:
@@ -200,8 +209,9 @@ class Case:
                 window = self.pools[name].view
                 words = changed.view(torch.uint8).view(_BYTES[window.element_size()])
                 allowed = words.as_strided(window.shape, window.stride(), window.storage_offset())
-                for row, columns in self.written[name].items():
-                    allowed[row, ..., :columns] = 0
+                for row, part in self.written[name].items():
+                    for piece in _pieces(allowed[row], part):
+                        piece.zero_()
                 for row in self.free.get(name, ()):
                     allowed[row] = 0
             if bool(changed.any()):
@@ -213,6 +223,11 @@ class Case:
             if bool((whole != 255).any()):
                 return f"{self.op} wrote outside of its output {name}"
         return None
+
+
+def _pieces(row: Tensor, part: int | tuple[int, ...]) -> list[Tensor]:
+    """Views of what `Case.written` says of a row."""
+    return [row[..., :part]] if isinstance(part, int) else [row[slot] for slot in part]
 
 
 _BYTES = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
@@ -499,12 +514,12 @@ def decode_case(
 
 def _conv_pools(
     m: _Maker, rows: int, heads: Heads, columns: int, conv_dtype: torch.dtype, state_dtype: torch.dtype | None,
-    layout: str, page_tail: int, shared: bool,
+    layout: str, page_tail: int, shared: bool, ring: _Parts | None = None,
 ) -> dict[str, Pool]:  # fmt: skip
     conv: _Parts = {"conv_state": ((heads.conv_dim, columns), conv_dtype)}
     if state_dtype is None:
         return pages(rows, conv, page_tail=page_tail, layout=layout, device=m.device)
-    state: _Parts = {"state": (heads.state, state_dtype)}
+    state: _Parts = {"state": (heads.state, state_dtype), **(ring or {})}
     if shared:
         return pages(rows, {**conv, **state}, page_tail=page_tail, layout=layout, device=m.device)
     return {
@@ -516,6 +531,58 @@ def _conv_pools(
 def _conv_weights(m: _Maker, dim: int, width: int, bias: bool, dtype: torch.dtype) -> dict[str, Any]:
     weight = (m.normal(dim, width) * 0.5).to(m.device, dtype)
     return {"conv_weight": weight, "conv_bias": (m.normal(dim) * 0.1).to(m.device, dtype) if bias else None}
+
+
+def _projected(
+    m: _Maker, live: Tensor, heads: Heads, io: torch.dtype, gate_dtype: torch.dtype, bias_dtype: torch.dtype | None,
+    width: int, bias: bool, gap: int, interleaved: bool,
+) -> tuple[dict[str, Any], Tensor]:  # fmt: skip
+    """What a fused op takes of the projections and parameters, NaN in tokens that are not live; and z."""
+    tokens = len(live)
+    mixed, z = m.columns(tokens, (heads.conv_dim, heads.v_heads * heads.v_dim), io, gap)
+    if interleaved:
+        mixed, z = m.interleaved_qkvz(heads, mixed, z, gap)
+    else:
+        z = z.unflatten(1, (heads.v_heads, heads.v_dim))
+    args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
+    args |= m.gates(tokens, heads, gate_dtype, gap, bias_dtype, interleaved)
+    m.poison(live, (mixed, z, args["a"], args["b"]))
+    return args, z
+
+
+def _fused(m: _Maker, heads: Heads, io: torch.dtype, z: Tensor | None, gate: str) -> dict[str, Any]:
+    """A fused op's sizes, and its norm where z is given."""
+    weight = None if z is None else (1 + 0.1 * m.normal(heads.v_dim)).to(m.device, io)
+    return {
+        "num_k_heads": heads.k_heads, "head_k_dim": heads.k_dim, "head_v_dim": heads.v_dim,
+        "scale": heads.k_dim**-0.5, "z": z, "norm_weight": weight, "norm_eps": 1e-6, "gate": gate,
+    }  # fmt: skip
+
+
+def _ring_parts(heads: Heads, ring: int, io: torch.dtype, u: torch.dtype) -> _Parts:
+    hk, hv, K, V = heads
+    return {
+        "ring_k": ((ring, hk, K), io), "ring_u": ((ring, hv, V), u), "ring_g": ((ring, hv), torch.float32),
+        "ring_span": ((hk, 2), torch.int32),
+    }  # fmt: skip
+
+
+def _hold(m: _Maker, pools: Mapping[str, Pool], row: int, first: int, held: int, counted: int) -> None:
+    """`held` updates in a row's ring from slot `first` on, `counted` of which its spans tell of; NaN in other slots."""
+    if m.meta:
+        return
+    slots = [(first + j) % pools["ring_k"].view.shape[1] for j in range(held)]
+    for slot in slots:
+        k = m.normal(*pools["ring_k"].view.shape[2:])
+        pools["ring_k"].view[row, slot] = (k * torch.rsqrt(k.square().sum(-1, keepdim=True))).to(m.device)
+        pools["ring_u"].view[row, slot] = 0.3 * m.normal(*pools["ring_u"].view.shape[2:]).to(m.device)
+        pools["ring_g"].view[row, slot] = -0.5 * m.uniform(pools["ring_g"].view.shape[2]).to(m.device)
+    pools["ring_span"].view[row] = m.tensor([first, counted], torch.int32)
+
+
+def _behind(first: int, held: int, tokens: int, ring: int) -> tuple[int, ...]:
+    """The slots that a step's tokens go to."""
+    return tuple((first + held + t) % ring for t in range(tokens))
 
 
 def conv_prologue_case(
@@ -596,15 +663,8 @@ def fused_decode_case(
     """The whole decode step; norm=False passes z and norm_weight as None. mixed_qkv and z share one projection."""
     m = _Maker(device, seed)
     gate_dtype, hv = gate_dtype or io_dtype, heads.v_heads
-    mixed, z = m.columns(batch, (heads.conv_dim, hv * heads.v_dim), io_dtype, gap)
-    if interleaved:
-        mixed, z = m.interleaved_qkvz(heads, mixed, z, gap)
-    else:
-        z = z.unflatten(1, (hv, heads.v_dim))
-    args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(batch, heads, gate_dtype, gap, bias_dtype, interleaved)
     live = m.live([1] * batch, batch, padding)
-    m.poison(live, (mixed, z, args["a"], args["b"]))
+    args, z = _projected(m, live, heads, io_dtype, gate_dtype, bias_dtype, width, bias, gap, interleaved)
     count = batch + 3 if pool_rows is None else pool_rows
     pools = _conv_pools(
         m, count, heads, width - 1 + extra_columns, conv_dtype or io_dtype, state_dtype, layout, page_tail, shared
@@ -615,10 +675,7 @@ def fused_decode_case(
     m.fill(pools["state"], live_rows)
     args |= {
         "state_indices": m.indices(_named(rows, padding, null_index), index_stride),
-        "num_k_heads": heads.k_heads, "head_k_dim": heads.k_dim, "head_v_dim": heads.v_dim,
-        "scale": heads.k_dim**-0.5, "z": z if norm else None,
-        "norm_weight": (1 + 0.1 * m.normal(heads.v_dim)).to(m.device, io_dtype) if norm else None,
-        "norm_eps": 1e-6, "gate": gate, "null_index": null_index,
+        "null_index": null_index, **_fused(m, heads, io_dtype, z if norm else None, gate),
     }  # fmt: skip
     written = {
         "conv_state": dict.fromkeys(live_rows, width - 1),
@@ -704,15 +761,8 @@ def fused_verify_case(
     tokens = sum(lens) + pad_tokens
     gate_dtype = gate_dtype or io_dtype
     accepted = [1 + i % slots for i in range(batch)] if accepted is None else list(accepted)
-    mixed, z = m.columns(tokens, (heads.conv_dim, hv * heads.v_dim), io_dtype, gap)
-    if interleaved:
-        mixed, z = m.interleaved_qkvz(heads, mixed, z, gap)
-    else:
-        z = z.unflatten(1, (hv, heads.v_dim))
-    args: dict[str, Any] = {"mixed_qkv": mixed, **_conv_weights(m, heads.conv_dim, width, bias, gate_dtype)}
-    args |= m.gates(tokens, heads, gate_dtype, gap, bias_dtype, interleaved)
     live = m.live(lens, tokens, padding)
-    m.poison(live, (mixed, z, args["a"], args["b"]))
+    args, z = _projected(m, live, heads, io_dtype, gate_dtype, bias_dtype, width, bias, gap, interleaved)
     count = batch * slots + 3 if pool_rows is None else pool_rows
     columns = width - 2 + slots + extra_columns
     pools = _conv_pools(m, count, heads, columns, conv_dtype or io_dtype, state_dtype, layout, page_tail, shared)
@@ -735,10 +785,7 @@ def fused_verify_case(
         "num_accepted_tokens": m.tensor(told, torch.int32),
         "cu_seqlens": m.offsets(lens, offsets_dtype), "has_initial_state": m.initial(batch, fresh),
         "start_rows": m.tensor(origins, torch.int32) if start_rows else None,
-        "num_k_heads": heads.k_heads, "head_k_dim": heads.k_dim, "head_v_dim": heads.v_dim,
-        "scale": heads.k_dim**-0.5, "z": z if norm else None,
-        "norm_weight": (1 + 0.1 * m.normal(heads.v_dim)).to(m.device, io_dtype) if norm else None,
-        "norm_eps": 1e-6, "gate": gate, "null_index": null_index,
+        "null_index": null_index, **_fused(m, heads, io_dtype, z if norm else None, gate),
     }  # fmt: skip
     written = {
         "conv_state": {rows[i][0]: width - 2 + lens[i] for i in active},
@@ -746,6 +793,116 @@ def fused_verify_case(
     }
     outputs = {"out": ((tokens, hv, heads.v_dim), io_dtype)}
     return Case("fused_verify", io_dtype, args, pools, written, outputs, live)
+
+
+def replay_verify_case(
+    lens: Sequence[int] = (3, 1, 4, 0), heads: Heads = SMALL, io_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32, *, ring: int = 11, held: Sequence[int] | None = None, slots: int = 4,
+    accepted: Sequence[int] | None = None, fresh: Sequence[int] | None = (), padding: Sequence[int] = (),
+    pad_tokens: int = 0, conv_dtype: torch.dtype | None = None, u_dtype: torch.dtype | None = None, width: int = WIDTH,
+    layout: str = "DS", shared: bool = False, bias: bool = True, norm: bool = True, gate: str = "silu",
+    pool_rows: int | None = None, page_tail: int = 24, gap: int = 0, index_stride: int = 1,
+    gate_dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None, null_index: int = -1,
+    offsets_dtype: torch.dtype = torch.int32, interleaved: bool = False, device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Case:  # fmt: skip
+    """Speculative tokens of rows with a ring: keywords as of fused_verify_case.
+
+    Args:
+        ring: its slots R. held: updates that a sequence starts with, accepted ones of the step before among them; by
+            default as few as can be, about half, and as many as can be, in turn. Those fold.
+        slots: the most tokens of a step, S; conv_state has columns for them.
+        u_dtype: of ring_u (default: state_dtype).
+    """
+    m = _Maker(device, seed)
+    batch, tokens = len(lens), sum(lens) + pad_tokens
+    gate_dtype = gate_dtype or io_dtype
+    accepted = [1 + i % slots for i in range(batch)] if accepted is None else list(accepted)
+    live = m.live(lens, tokens, padding)
+    args, z = _projected(m, live, heads, io_dtype, gate_dtype, bias_dtype, width, bias, gap, interleaved)
+    count = batch + 3 if pool_rows is None else pool_rows
+    parts = _ring_parts(heads, ring, io_dtype, u_dtype or state_dtype)
+    pools = _conv_pools(
+        m, count, heads, width - 2 + slots, conv_dtype or io_dtype, state_dtype, layout, page_tail, shared, parts
+    )
+    rows = m.rows(batch, count, null_index)
+    active = [i for i in range(batch) if i not in padding and lens[i] > 0]
+    started = [i for i in active if i not in (fresh or ())]
+    most = ring - slots
+    starts = dict.fromkeys(active, (0, 0))  # (first slot, updates) before the step
+    for i in started:
+        n = (accepted[i] - 1, max(accepted[i] - 1, most // 2), most)[i % 3] if held is None else held[i]
+        starts[i] = ((3 * i + 1) % ring, n)
+        m.fill(pools["conv_state"], [rows[i]], accepted[i] - 1, width - 1)
+        _hold(m, pools, rows[i], *starts[i], n - accepted[i] + 1)
+    m.fill(pools["state"], [rows[i] for i in started])
+    args |= {
+        "state_indices": m.indices(_named(rows, padding, null_index), index_stride),
+        "num_accepted_tokens": m.tensor([n if i in started else 2**30 for i, n in enumerate(accepted)], torch.int32),
+        "cu_seqlens": m.offsets(lens, offsets_dtype), "has_initial_state": m.initial(batch, fresh),
+        "null_index": null_index, **_fused(m, heads, io_dtype, z if norm else None, gate),
+    }  # fmt: skip
+    put = {rows[i]: _behind(*starts[i], lens[i], ring) for i in active}
+    folding = [i for i in active if i not in started or starts[i][1] + 2 * slots > ring]
+    written: dict[str, Mapping[int, int | tuple[int, ...]]] = {
+        "conv_state": {rows[i]: width - 2 + lens[i] for i in active},
+        "state": {rows[i]: heads.k_dim for i in folding},
+        "ring_k": put, "ring_u": put, "ring_g": put, "ring_span": {rows[i]: 2 for i in active},
+    }  # fmt: skip
+    outputs = {"out": ((tokens, heads.v_heads, heads.v_dim), io_dtype)}
+    return Case("replay_verify", io_dtype, args, pools, written, outputs, live)
+
+
+def replay_decode_case(
+    batch: int = 5, heads: Heads = SMALL, io_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32, *, ring: int = 8, held: Sequence[int] | None = None,
+    padding: Sequence[int] = (), extra_columns: int = 0, **features: Any,
+) -> Case:  # fmt: skip
+    """One token a sequence of rows with a ring: keywords as of fused_decode_case and replay_verify_case."""
+    case = replay_verify_case(
+        [1] * batch, heads, io_dtype, state_dtype, ring=ring, held=held, slots=1 + extra_columns,
+        accepted=[1] * batch, fresh=None, padding=padding, **features,
+    )  # fmt: skip
+    for name in ("num_accepted_tokens", "cu_seqlens", "has_initial_state"):
+        del case.args[name]
+    case.op = "replay_decode"
+    return case
+
+
+def replay_fold_case(
+    batch: int = 5, heads: Heads = SMALL, io_dtype: torch.dtype = torch.float32,
+    state_dtype: torch.dtype = torch.float32, *, ring: int = 8, held: Sequence[int] | None = None,
+    accepted: Sequence[int] | None = None, fresh: Sequence[int] | None = (), padding: Sequence[int] = (),
+    u_dtype: torch.dtype | None = None, pool_rows: int | None = None, page_tail: int = 24, index_stride: int = 1,
+    null_index: int = -1, device: str | torch.device = "cpu", seed: int = 0,
+) -> Case:  # fmt: skip
+    """Rows with a ring that become plain states. held: as in replay_verify_case, from nothing to a full ring."""
+    m = _Maker(device, seed)
+    count = batch + 3 if pool_rows is None else pool_rows
+    state: _Parts = {"state": (heads.state, state_dtype)}
+    parts = {**state, **_ring_parts(heads, ring, io_dtype, u_dtype or state_dtype)}
+    pools = pages(count, parts, page_tail=page_tail, device=m.device)
+    rows = m.rows(batch, count, null_index)
+    active = [i for i in range(batch) if i not in padding]
+    started = [i for i in active if i not in (fresh or ())]
+    m.fill(pools["state"], [rows[i] for i in started])
+    counts = [1] * batch if accepted is None else list(accepted)
+    updates = {}
+    for i in started:
+        updates[i] = max(counts[i] - 1, (0, ring // 2, ring)[i % 3]) if held is None else held[i]
+        _hold(m, pools, rows[i], (3 * i + 1) % ring, updates[i], updates[i] - counts[i] + 1)
+    args = {
+        "state_indices": m.indices(_named(rows, padding, null_index), index_stride),
+        "has_initial_state": m.initial(batch, fresh), "null_index": null_index,
+        "num_accepted_tokens": None if accepted is None else m.tensor(
+            [n if i in started else 2**30 for i, n in enumerate(counts)], torch.int32),
+    }  # fmt: skip
+    written: dict[str, Mapping[int, int | tuple[int, ...]]] = {
+        "state": {rows[i]: heads.k_dim for i in started if updates[i] > 0},
+        "ring_span": {rows[i]: 2 for i in active},
+        "ring_k": {}, "ring_u": {}, "ring_g": {},
+    }  # fmt: skip
+    return Case("replay_fold", io_dtype, args, pools, written, {}, torch.zeros(0, dtype=torch.bool, device=m.source))
 
 
 def gated_norm_case(
@@ -808,6 +965,9 @@ def case(
         "verify": (verify_case, (lens, heads, io, state)),
         "fused_verify": (fused_verify_case, (lens, heads, io, state)),
         "gated_norm": (gated_norm_case, (sum(lens), heads, io)),
+        "replay_decode": (replay_decode_case, (sum(lens), heads, io, state)),
+        "replay_verify": (replay_verify_case, (lens, heads, io, state)),
+        "replay_fold": (replay_fold_case, (len(lens), heads, io, state)),
     }
     maker, first = makers[p.op]
     gap = 1 if p.unaligned else 64
@@ -829,13 +989,16 @@ def case(
         "extra_columns": max(p.max_spec_tokens - 1, 0) if p.op != "fused_verify" else 0,  # its slots say it
         "accepted": [1 + i % p.max_spec_tokens for i in range(len(lens))] if p.max_spec_tokens else None,
         "slots": max(p.max_spec_tokens, *lens, 1),
+        **({"ring": p.ring} if p.ring else {}),
         "exp_gate": p.op == "prefill" and wants.exp_gate,
         "zeroed_fresh": wants.zeroed_fresh_rows,
         "checkpoint_every": CHECKPOINT_EVERY * p.checkpoints,
         "checkpoint_dtype": getattr(torch, p.checkpoint_dtype) if p.checkpoint_dtype else None,
     }
     # Every maker takes what it knows of these; an unknown feature is an error all the same.
-    known = inspect.signature(maker).parameters
+    known = set(inspect.signature(maker).parameters)
+    if p.op == "replay_decode":
+        known |= inspect.signature(replay_verify_case).parameters.keys() - {"slots", "accepted", "fresh", "pad_tokens"}
     given = {name: value for name, value in facts.items() if name in known}
     features = {n: value for n, value in features.items() if n in known or n not in ("fresh", "padding", "pad_tokens")}
     return maker(*first, **given | features)

@@ -7,6 +7,7 @@ values: a range or uniqueness check would copy from the device. Those are in `va
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -202,11 +203,11 @@ def _layout(op: str, name: str, layout: str, x: Tensor) -> None:
         if not x.is_contiguous():
             fail(op, name, "a contiguous tensor", f"strides {x.stride()} for shape {tuple(x.shape)}")
     elif layout == ROWS:
-        _, heads, V, K = x.shape
+        strides = [math.prod(x.shape[dim + 1 :]) for dim in range(1, x.dim())]
         # A dim of one element has no stride to speak of.
-        if any(size > 1 and x.stride(dim) != stride for dim, size, stride in ((1, heads, V * K), (2, V, K), (3, K, 1))):
-            fail(op, name, f"dense rows, strides (any, {V * K}, {K}, 1)", f"strides {x.stride()}")
-        _apart(op, name, x, heads * V * K)
+        if any(n > 1 and has != wants for n, has, wants in zip(x.shape[1:], x.stride()[1:], strides, strict=True)):
+            fail(op, name, f"dense rows, strides (any, {', '.join(map(str, strides))})", f"strides {x.stride()}")
+        _apart(op, name, x, math.prod(x.shape[1:]))
     elif layout == CONV_ROWS:
         _, dim, columns = x.shape
         by_dim, by_column = x.stride(1), x.stride(2)

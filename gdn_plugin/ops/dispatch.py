@@ -232,7 +232,7 @@ def facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...]
         slots = index(record.size("S", arguments))
         even = arguments.get("padding") == "none" and lead.shape[0] == slots * arguments["state_indices"].shape[0]
         ragged = not even
-    elif arguments.get("num_accepted_tokens") is not None:
+    elif "conv_state" in arguments and ("ring_k" in arguments or arguments.get("num_accepted_tokens") is not None):
         slots = index(arguments["conv_state"].shape[2] - arguments["conv_weight"].shape[1] + 2)
     strided = unaligned = False
     if not lead.is_cpu:  # only GPU kernels ask
@@ -256,6 +256,7 @@ def facts(record: Op, arguments: Mapping[str, Any], out: Any) -> tuple[Any, ...]
         strided,
         unaligned,
         "" if a is None or a.dtype == lead.dtype else DTYPES[a.dtype],
+        index(arguments["ring_k"].shape[1]) if "ring_k" in arguments else 0,
     )
 
 

@@ -1,6 +1,7 @@
 """The ops of namespace `gdn`, made from their records: schema, implementation, fake, and the public function's call.
 
-Each op has a returning form and an `_out` form that fills the caller's buffers; both mutate the pools they say they do.
+Each op that returns something has an `_out` form beside it that fills the caller's buffers; both mutate the pools they
+say they do.
 `Library.define` + `impl` + `register_fake` rather than `custom_op`: about a third of the overhead a call. One
 implementation serves every device (CompositeExplicitAutograd): the backend's name is what selects the code.
 
@@ -36,12 +37,13 @@ _PLAIN = (bool, int, float, str)
 def public(record: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a signature and its docstring the public function of an op.
 
-    The function's parameters are the record's inputs, `out` and `backend`; its body is not run.
+    The function's parameters are the record's inputs, `out` where it has outputs, and `backend`; its body is not run.
 
     Raises:
         TypeError: at import, where the signature and the record differ in an argument or a default.
     """
-    wanted = {argument.name: argument.default for argument in record.inputs} | {"out": None, "backend": None}
+    beside = {"out": None, "backend": None} if record.outputs else {"backend": None}
+    wanted = {argument.name: argument.default for argument in record.inputs} | beside
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(function)
@@ -67,7 +69,7 @@ def public(record: Op) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def _call(record: Op, given: dict[str, Any]) -> Any:
     """Check, fill in what depends on other arguments, choose the backend, call the op."""
-    out, backend = given.pop("out"), given.pop("backend")
+    out, backend = given.pop("out", None), given.pop("backend")
     facts = _checked(record, given, out, backend)
     for name in record.floats:
         value = given[name]
@@ -233,6 +235,8 @@ def _new_outputs(record: Op, arguments: Mapping[str, Any]) -> list[Tensor]:
 
 
 def _result(record: Op, buffers: Sequence[Tensor]) -> Any:
+    if not record.outputs:
+        return None
     return tuple(buffers) if len(record.outputs) > 1 else buffers[0]
 
 
@@ -269,7 +273,7 @@ for _record in OPS.values():
     for _name, _out, _real, _fake in (
         (_record.name, False, _returning, _fake_returning),
         (f"{_record.name}_out", True, _filling, _fake_filling),
-    ):
+    )[: 1 + bool(_record.outputs)]:
         _library.define(_name + _record.schema(out=_out), tags=(torch.Tag.needs_fixed_stride_order,))
         _library.impl(_name, functools.partial(_real, _record), _KEY)
         torch.library.register_fake(f"{NAMESPACE}::{_name}", functools.partial(_fake, _record), lib=_library)

@@ -2,7 +2,8 @@
 
 Sizes are letters. A letter stands for whatever size the first argument that has it brings; every later one must agree.
 `T` packed tokens, `B` sequences, `Hk` key heads, `Hv` value heads, `K` and `V` head dims, `W` width of the convolution,
-`N` pool rows, `S` token slots, `C` checkpoints. "B+1" and the like are worked out; "W-1.." means that many or more.
+`N` pool rows, `S` token slots, `R` slots of a replay ring, `C` checkpoints. "B+1" and the like are worked out; "W-1.."
+means that many or more.
 
 Projections may come with their heads interleaved (`Argument.interleaved`): a dim more tells them from flat ones.
 
@@ -190,14 +191,14 @@ class Op(_Filled):
 
     def schema(self, *, out: bool) -> str:
         """The schema that torch.library takes, backend last: "(Tensor q, ..., str backend) -> Tensor"."""
-        aliases = iter("abcdefgh")
+        aliases = iter("abcdefghi")
         spelled = []
         for argument in self.arguments if out else self.inputs:
             alias = f"({next(aliases)}!)" if argument.mutated or argument in self.outputs else ""
             absent = "?" if argument.optional and argument.kind == "Tensor" else ""
             spelled.append(f"{argument.kind}{alias}{absent} {argument.name}")
-        returns = "()" if out else ", ".join(["Tensor"] * len(self.outputs))
-        return f"({', '.join(spelled)}, str backend) -> " + (f"({returns})" if "," in returns else returns)
+        returns = "" if out else ", ".join(["Tensor"] * len(self.outputs))
+        return f"({', '.join(spelled)}, str backend) -> " + (returns if returns == "Tensor" else f"({returns})")
 
 
 def _tensor(
@@ -233,6 +234,17 @@ def _width(arguments: Mapping[str, Any]) -> tuple[str, str, Any] | None:
 def _slots(arguments: Mapping[str, Any]) -> tuple[str, str, Any] | None:
     shape = tuple(arguments["state_indices"].shape)
     return None if shape[1] >= 1 else ("state_indices", "shape [B, S] with S >= 1", shape)
+
+
+def _ring(arguments: Mapping[str, Any]) -> tuple[str, str, Any] | None:
+    """A step's tokens, and those of the step before, which may still be taken back, have slots of their own."""
+    ring, conv_state = arguments["ring_k"].shape[1], arguments.get("conv_state")
+    if conv_state is None:
+        return None if ring >= 1 else ("ring_k", "shape [N, R, Hk, K] with R >= 1", f"R = {ring}")
+    most = conv_state.shape[2] - arguments["conv_weight"].shape[1] + 2
+    if ring >= 2 * most:
+        return None
+    return "ring_k", f"R >= {2 * most}, twice the {most} tokens that conv_state has columns for", f"R = {ring}"
 
 
 def _scratch(arguments: Mapping[str, Any]) -> tuple[str, str, Any] | None:
@@ -280,6 +292,13 @@ _GATES = (
 )
 # N rows of state, Nc of conv_state: a host may have other numbers of them.
 _STATE = _tensor("state", "N Hv V K", FLOATS, ROWS, mutated=True)
+# What a replay op keeps beside a row's state; see gdn_plugin.ops.
+_RING = (
+    _tensor("ring_k", "N R Hk K", layout=ROWS, mutated=True),
+    _tensor("ring_u", "N R Hv V", FLOATS, ROWS, mutated=True),
+    _tensor("ring_g", "N R Hv", FP32, ROWS, mutated=True),
+    _tensor("ring_span", "N Hk 2", INT32, ROWS, mutated=True),
+)
 _CU_SEQLENS = _tensor("cu_seqlens", "B+1", OFFSETS, DENSE)
 _HAS_INITIAL_STATE = _tensor("has_initial_state", "B", BOOL, DENSE, optional=True)
 _SCALE = Argument("scale", "float", optional=True, default=None)  # None, K^-0.5, is worked out before the op is called
@@ -425,6 +444,58 @@ OPS: Mapping[str, Op] = {
             ),
             (_OUT,),
             (_multiple_of_heads, _width, _slots, _norm),
+        ),
+        Op(
+            "replay_decode",
+            (
+                *_CONV,
+                _CONV_STATE,
+                *_GATES,
+                _STATE,
+                *_RING,
+                _tensor("state_indices", "T", INT32),
+                *_HEADS,
+                _SCALE,
+                *_GATED_NORM,
+                _NULL_INDEX,
+                _ZERO_PADDING,
+            ),
+            (_OUT,),
+            (_multiple_of_heads, _width, _ring, _norm),
+        ),
+        Op(
+            "replay_verify",
+            (
+                *_CONV,
+                _CONV_STATE,
+                *_GATES,
+                _STATE,
+                *_RING,
+                _tensor("state_indices", "B", INT32),
+                _ACCEPTED,
+                _CU_SEQLENS,
+                *_HEADS,
+                replace(_HAS_INITIAL_STATE, default=None),
+                _SCALE,
+                *_GATED_NORM,
+                _NULL_INDEX,
+                _ZERO_PADDING,
+            ),
+            (_OUT,),
+            (_multiple_of_heads, _width, _ring, _norm),
+        ),
+        Op(
+            "replay_fold",
+            (
+                *_RING,
+                _STATE,
+                _tensor("state_indices", "B", INT32),
+                replace(_HAS_INITIAL_STATE, default=None),
+                replace(_ACCEPTED, optional=True, default=None),
+                _NULL_INDEX,
+            ),
+            (),
+            (_ring,),
         ),
         Op(
             "gated_norm",

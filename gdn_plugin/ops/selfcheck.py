@@ -163,6 +163,9 @@ def small_case(row: Backend, problem: Problem, device: str) -> cases.Case:
         "conv_prologue": [5, 0, 2, 2] if not problem.max_spec_tokens else [spec, 0, 1, 1],
         "verify": [spec, spec, spec] if not problem.ragged else [spec, 1, 1],
         "fused_verify": [1, spec, 0, 1],  # fresh, carried, empty, padding
+        "replay_verify": [1, spec, spec, 0, 1],
+        "replay_decode": [1, 1, 1, 1],  # an empty ring, one half full, a full one, padding
+        "replay_fold": [1, 1, 1, 1],
     }.get(problem.op, [1, 1, 1])
     last = len(lens) - 1
     return cases.case(

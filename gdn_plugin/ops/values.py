@@ -37,10 +37,12 @@ def check(op: str, arguments: Mapping[str, Any]) -> None:
     if rows.dim() == 2:
         _speculative(op, arguments, lens, null_index)
         rows = rows[:, 0]
-    elif arguments.get("num_accepted_tokens") is not None:
+    elif arguments.get("num_accepted_tokens") is not None and "conv_state" in arguments:
         most = arguments["conv_state"].shape[2] - arguments["conv_weight"].shape[1] + 2
         _accepted(op, arguments, _read(arguments, lens, rows, null_index), most)
         _at_most(op, lens, most)
+    if "ring_span" in arguments:
+        _spans(op, arguments, _read(arguments, lens, rows, null_index))
     if arguments.get("checkpoints") is not None:
         _checkpoint_starts(op, arguments, lens)
     _promises(op, arguments.get("padding", "any"), rows, null_index, tokens - sum(lens))
@@ -109,6 +111,20 @@ def _accepted(op: str, arguments: Mapping[str, Any], read: list[bool], most: int
     for n, is_read in zip(arguments["num_accepted_tokens"].tolist(), read, strict=True):
         if is_read and not 1 <= n <= most:
             fail(op, "num_accepted_tokens", f"values from 1 to {most}", n)
+
+
+def _spans(op: str, arguments: Mapping[str, Any], read: list[bool]) -> None:
+    """What a ring holds is within it."""
+    slots = arguments["ring_k"].shape[1]
+    accepted = arguments.get("num_accepted_tokens")
+    more = [0] * len(read) if accepted is None else [n - 1 for n in accepted.tolist()]
+    for row, plus, is_read in zip(arguments["state_indices"].tolist(), more, read, strict=True):
+        if not is_read:
+            continue
+        for first, held in arguments["ring_span"][row].tolist():
+            if not (0 <= first < slots and held >= 0 and held + plus <= slots):
+                expected = f"a first slot below R = {slots} and a number that fits, with {plus} accepted drafts more"
+                fail(op, "ring_span", expected, (first, held))
 
 
 def _at_most(op: str, lens: list[int], most: int) -> None:

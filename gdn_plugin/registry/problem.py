@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify", "fused_verify", "gated_norm")
+OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify", "fused_verify", "gated_norm", "replay_decode",
+       "replay_verify", "replay_fold")  # fmt: skip
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 PHASE_OF_OP = {
@@ -15,6 +16,9 @@ PHASE_OF_OP = {
     "verify": "verify",
     "fused_verify": "verify",
     "gated_norm": "prefill",
+    "replay_decode": "decode",
+    "replay_verify": "verify",
+    "replay_fold": "prefill",
 }
 # What a caller says of rows <= null_index, weakest promise first; see the `padding` argument of the ops.
 PADDING = ("any", "scratch", "none")
@@ -41,6 +45,7 @@ class Problem:
         strided: q, k, v, g or beta (or what stands for them) are not contiguous.
         unaligned: a large tensor starts off a 32-byte boundary, or rows of a pool lie off a 16-byte one.
         gate_dtype: of a and b, by name; "" is the io dtype.
+        ring: slots of a row's replay ring; 0 for ops without one.
         bias_dtype: of dt_bias, by name; "" leaves it open, and warm-up compiles for the io dtype and float32.
         qk_l2norm: whether the op normalises q and k; None leaves it open, and warm-up compiles both.
         num_sequences: sequences a call typically has; 0 = unknown.
@@ -67,6 +72,7 @@ class Problem:
     strided: bool = False
     unaligned: bool = False
     gate_dtype: str = ""
+    ring: int = 0
     bias_dtype: str = ""
     qk_l2norm: bool | None = None
 
@@ -86,7 +92,7 @@ class Problem:
         for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("max_spec_tokens", "num_sequences", "num_tokens"):
+        for name in ("max_spec_tokens", "num_sequences", "num_tokens", "ring"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.num_v_heads % self.num_k_heads:
@@ -114,6 +120,7 @@ class Problem:
             "strided": self.strided,
             "unaligned": self.unaligned,
             "gate_dtype": self.gate_dtype,
+            "ring": self.ring,
             "bias_dtype": self.bias_dtype,
             "qk_l2norm": "" if self.qk_l2norm is None else str(self.qk_l2norm),
             "num_sequences": self.num_sequences,

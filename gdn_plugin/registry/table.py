@@ -56,10 +56,10 @@ _TRITON_CHECKS: tuple[Check, ...] = (
 )
 
 
-def _triton(op: str) -> Backend:
+def _triton(op: str, module: str = "") -> Backend:
     return Backend(
         "triton",
-        f"gdn_plugin.backends.triton.{op}:{op.upper()}",
+        f"gdn_plugin.backends.triton.{module or op}:{op.upper()}",
         checks=_TRITON_CHECKS,
         preferred=_interpreted_only_on_request,
         install="pip install triton",
@@ -190,13 +190,14 @@ def _cpu(op: str) -> Backend:
 
 
 def _torch(op: str) -> Backend:
-    module = op if op in ("prefill", "gated_norm") else "recurrent"
+    module = op if op in ("prefill", "gated_norm") else "replay" if op.startswith("replay_") else "recurrent"
     return Backend("torch", f"gdn_plugin.backends.torch.{module}:{op.upper()}")
 
 
 def _reference(op: str) -> Backend:
     why = "a plain loop over tokens: the truth that tests compare with, chosen only by name"
-    return Backend("reference", f"gdn_plugin.backends.reference.recurrence:{op.upper()}", preferred=never(why))
+    module = "replay" if op.startswith("replay_") else "recurrence"
+    return Backend("reference", f"gdn_plugin.backends.reference.{module}:{op.upper()}", preferred=never(why))
 
 
 # Order is rank.
@@ -266,6 +267,10 @@ TABLE: Mapping[str, tuple[Backend, ...]] = {
         _torch("fused_verify"),
         _reference("fused_verify"),
     ),
+    **{
+        op: (_triton(op, "replay"), _torch(op), _reference(op))
+        for op in ("replay_decode", "replay_verify", "replay_fold")
+    },
     "gated_norm": (
         _triton("gated_norm"),
         _cpu("gated_norm"),

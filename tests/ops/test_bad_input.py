@@ -28,6 +28,8 @@ OP_CASES = {
     "verify": lambda: cases.verify_case((2, 3), slots=3, start_rows=True),
     "fused_verify": lambda: cases.fused_verify_case((2, 3), slots=3, start_rows=True, fresh=(1,)),
     "gated_norm": lambda: cases.gated_norm_case(3),
+    "replay_decode": lambda: cases.replay_decode_case(3),
+    "replay_verify": lambda: cases.replay_verify_case((2, 3), slots=3, fresh=(1,)),
 }
 # Arguments whose strides are free in every dim, or in all but the last.
 ANY_STRIDE = {"conv_weight", "state_indices", "g", "beta"}
@@ -80,7 +82,8 @@ def table():
                 if x.is_floating_point():
                     yield op, name, "float64", float64
                 yield op, name, "device", other_device
-                pool = {"state": (1, 2, 3), "conv_state": (1,), "checkpoints": (1, 2, 3), "conv_weight": (0,)}
+                pool = {"state": (1, 2, 3), "conv_state": (1,), "checkpoints": (1, 2, 3), "conv_weight": (0,),
+                        "ring_k": (0, 2, 3)}  # fmt: skip
                 for dim in pool.get(name, range(x.dim())):
                     if (op, name, dim) not in FREE_SIZES:
                         yield op, name, f"size of dim {dim}", longer(dim)
@@ -132,6 +135,8 @@ OPTIONAL = {
     "verify": {"start_rows", "out"},
     "fused_verify": {"conv_bias", "has_initial_state", "start_rows", "z", "norm_weight", "out"},
     "gated_norm": {"out"},
+    "replay_decode": {"conv_bias", "z", "norm_weight", "out"},
+    "replay_verify": {"conv_bias", "has_initial_state", "z", "norm_weight", "out"},
 }
 REQUIRED = [
     (op, name) for op in OP_CASES for name, x in arguments(op).items()

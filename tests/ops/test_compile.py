@@ -186,6 +186,7 @@ from gdn_plugin import ops
 from gdn_plugin.ops import cases
 from gdn_plugin.ops.record import OPS
 
+torch._dynamo.config.recompile_limit = len(OPS)  # one lambda serves them all
 for name, record in OPS.items():
     given = getattr(cases, f"{name}_case")().arguments()
     given = {argument: given[argument] for argument in record.names}

@@ -140,7 +140,7 @@ def test_the_detector_of_value_reads_can_fail():
 
 
 def test_one_implementation_for_every_device():
-    for name in (form for op in OPS for form in (op, f"{op}_out")):
+    for name in (form for op in OPS for form in (op, *([f"{op}_out"] if RECORDS[op].outputs else []))):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"gdn::{name}", "CompositeExplicitAutograd")
 
 
@@ -179,6 +179,6 @@ class TestTheRecord:
 
     def test_schemas_are_derived(self):
         for name, record in RECORDS.items():
-            for form, out in ((name, False), (f"{name}_out", True)):
+            for form, out in ((name, False), (f"{name}_out", True))[: 1 + bool(record.outputs)]:
                 schema = str(getattr(torch.ops.gdn, form).default._schema)
                 assert schema == f"gdn::{form}{record.schema(out=out)}"

@@ -10,6 +10,8 @@ from gdn_plugin.registry import OPS, Backend, NoBackendError, Platform, select
 
 pytestmark = pytest.mark.usefixtures("complete_build")
 
+REPLAY = ("replay_decode", "replay_verify", "replay_fold")
+
 
 @pytest.fixture
 def layer(problem):
@@ -24,7 +26,7 @@ def layer(problem):
             dict.fromkeys(OPS, "triton") | {"prefill": "flashinfer"},
         ),
         ("sm_80", dict.fromkeys(OPS, "triton")),
-        ("cpu", dict.fromkeys(OPS, "cpu") | {"fused_verify": "torch"}),
+        ("cpu", dict.fromkeys(OPS, "cpu") | dict.fromkeys(("fused_verify", *REPLAY), "torch")),
     ],
 )
 def test_auto(layer, name, expected):
@@ -46,6 +48,9 @@ def test_ops_without_a_setting_follow_their_phase(layer):
         "verify": "triton",
         "fused_verify": "triton",
         "gated_norm": "torch",
+        "replay_decode": "reference",
+        "replay_verify": "triton",
+        "replay_fold": "torch",
     }
     assert selection.fuses("decode") and selection.fuses("verify")
 

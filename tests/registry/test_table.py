@@ -19,6 +19,9 @@ NAMES = {
     "verify": ["flashinfer", "triton", "cpu", "torch", "reference"],
     "fused_verify": ["triton", "torch", "reference"],
     "gated_norm": ["triton", "cpu", "torch", "reference"],
+    "replay_decode": ["triton", "torch", "reference"],
+    "replay_verify": ["triton", "torch", "reference"],
+    "replay_fold": ["triton", "torch", "reference"],
 }
 
 EVERY_ROW = [(op, name) for op, names in NAMES.items() for name in names]

@@ -35,17 +35,21 @@ def gates(
     return g, torch.sigmoid(b.to(compute_dtype))
 
 
-def _norm_and_gate(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate: str, compute_dtype: torch.dtype) -> Tensor:
+def norm_and_gate(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate: str, compute_dtype: torch.dtype) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight * gate(z) over the last dim."""
     x, z = x.to(compute_dtype), z.to(compute_dtype)
     x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.to(compute_dtype)
     return x * (silu(z) if gate == "silu" else torch.sigmoid(z))
 
 
+def repeat_heads(x: Tensor, value_heads: int) -> Tensor:
+    """[Hk, K] -> [Hv, K]: value head h reads key head h // (Hv // Hk)."""
+    return x.repeat_interleave(value_heads // x.shape[0], 0)
+
+
 def _step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """One token: S [Hv, V, K], q and k [Hk, K], v [Hv, V], g and beta [Hv], all in S's dtype. Returns (S, o)."""
-    ratio = v.shape[0] // k.shape[0]
-    k = k.repeat_interleave(ratio, 0).unsqueeze(1)  # value head h reads key head h // ratio
-    q = q.repeat_interleave(ratio, 0).unsqueeze(1)
+    k, q = repeat_heads(k, v.shape[0]).unsqueeze(1), repeat_heads(q, v.shape[0]).unsqueeze(1)
     S = torch.exp(g)[:, None, None] * S
     delta = beta[:, None] * (v - (S * k).sum(-1))  # no matmul: its precision is a setting of the caller's
     S = S + delta.unsqueeze(-1) * k
@@ -174,7 +178,7 @@ def fused_decode(
         compute_dtype=compute_dtype,
     )  # fmt: skip
     if z is not None and norm_weight is not None:
-        o = _norm_and_gate(o.to(mixed_qkv.dtype), z, norm_weight, norm_eps, gate, compute_dtype)
+        o = norm_and_gate(o.to(mixed_qkv.dtype), z, norm_weight, norm_eps, gate, compute_dtype)
     for i, row in enumerate(state_indices.tolist()):
         if row > null_index:
             out[i] = o[i]
@@ -256,7 +260,7 @@ def fused_verify(
             if own[t] > null_index:
                 state[own[t]] = S
         if z is not None and norm_weight is not None:
-            o = _norm_and_gate(o.to(mixed_qkv.dtype), z[here], norm_weight, norm_eps, gate, compute_dtype)
+            o = norm_and_gate(o.to(mixed_qkv.dtype), z[here], norm_weight, norm_eps, gate, compute_dtype)
         out[here] = o
 
 
@@ -265,7 +269,7 @@ def gated_norm(
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """RMSNorm of x times gate(z); `out` may be x."""
-    out.copy_(_norm_and_gate(x, z, weight, eps, gate, compute_dtype))
+    out.copy_(norm_and_gate(x, z, weight, eps, gate, compute_dtype))
 
 
 CONV_PROLOGUE = BackendOp(conv_prologue)

@@ -102,19 +102,24 @@ def conv_prologue(
         scatter(conv_state, rows, live, torch.where(written[:, None, :], new, old))
     if state is not None and has_initial_state is not None:
         fresh = live & ~has_initial_state
-        for i0, i1 in _blocks(state, batch):
+        for i0, i1 in blocks(state, batch):
             zeros = torch.zeros(1, dtype=state.dtype, device=device).expand(i1 - i0, *state.shape[1:])
             scatter(state, rows[i0:i1], fresh[i0:i1], zeros)
 
 
-def _blocks(state: Tensor, batch: int) -> list[tuple[int, int]]:
+def blocks(state: Tensor, batch: int) -> list[tuple[int, int]]:
     """Cuts of a batch whose gathered states stay within _BLOCK elements."""
     size = max(1, _BLOCK // max(state[0].numel() if state.shape[0] else 1, 1))
     return [(i, min(i + size, batch)) for i in range(0, batch, size)]
 
 
-def _step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One token each: S [B, Hv, V, K], q, k [B, Hk, K], v [B, Hv, V], g, beta [B, Hv]; (new S, o), all fp32."""
+def step(
+    S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token each: S [B, Hv, V, K], q, k [B, Hk, K], v [B, Hv, V], g, beta [B, Hv]; (new S, o, u), all fp32.
+
+    u [B, Hv, V] = beta (v - exp(g) S k).
+    """
     (batch, key_heads, K), (_, value_heads, V) = k.shape, v.shape
     ratio = value_heads // key_heads
     shape = (batch, key_heads, ratio * V, K)  # the value heads of one key head are one matrix
@@ -126,7 +131,7 @@ def _step(S: Tensor, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s
     S = S + (u.reshape(batch, key_heads, ratio * V, 1) * k.float().unsqueeze(-2)).reshape(S.shape)
     with full_fp32():
         o = torch.matmul(S.view(shape), q.float().unsqueeze(-1)).view(batch, value_heads, V)
-    return S, o * scale
+    return S, o * scale, u
 
 
 def _recur(
@@ -134,16 +139,16 @@ def _recur(
 ) -> Tensor:
     """One token a sequence from and to pool rows; returns o [B, Hv, V] fp32, zeros where not live."""
     parts = [torch.zeros(0, *v.shape[1:], dtype=torch.float32, device=v.device)]
-    for i0, i1 in _blocks(state, rows.shape[0]):
+    for i0, i1 in blocks(state, rows.shape[0]):
         cut = slice(i0, i1)
         S = gather(state, rows[cut], live[cut], torch.float32)
-        S, o = _step(S, q[cut], k[cut], v[cut], g[cut], beta[cut], scale)
+        S, o, _ = step(S, q[cut], k[cut], v[cut], g[cut], beta[cut], scale)
         scatter(state, rows[cut], live[cut], S)
         parts.append(torch.where(live[cut, None, None], o, 0.0))
     return torch.cat(parts)
 
 
-def _store(out: Tensor, o: Tensor, live: Tensor, zero_padding: bool) -> None:
+def store(out: Tensor, o: Tensor, live: Tensor, zero_padding: bool) -> None:
     padding = 0 if zero_padding else out
     out.copy_(torch.where(live.view(-1, 1, 1), o.to(out.dtype), padding))
 
@@ -159,7 +164,7 @@ def decode(
     g, beta = gates(a, b, A_log, dt_bias)
     rows = state_indices.long()
     live = rows > null_index
-    _store(out, _recur(q, k, v, g, beta, state, rows, live, scale), live, zero_padding)
+    store(out, _recur(q, k, v, g, beta, state, rows, live, scale), live, zero_padding)
 
 
 def fused_decode(
@@ -184,7 +189,7 @@ def fused_decode(
     o = _recur(q, k, v, g, beta, state, rows, live, scale)
     if z is not None and norm_weight is not None:
         o = norm_and_gate(o.to(mixed_qkv.dtype), z, norm_weight, norm_eps, gate)
-    _store(out, o, live, zero_padding)
+    store(out, o, live, zero_padding)
 
 
 def verify(
@@ -208,17 +213,17 @@ def verify(
     live = (origin > null_index) & (lens > 0)
     result = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
     written = torch.zeros(tokens, dtype=torch.bool, device=out.device)
-    for i0, i1 in _blocks(state, rows.shape[0]):
+    for i0, i1 in blocks(state, rows.shape[0]):
         cut = slice(i0, i1)
         S = gather(state, origin[cut], live[cut], torch.float32)
         for t in range(slots):
             here = live[cut] & (t < lens[cut])
             token = torch.where(here, starts[cut] + t, 0)
-            S, o = _step(S, q[token], k[token], v[token], g[token], beta[token], scale)
+            S, o, _ = step(S, q[token], k[token], v[token], g[token], beta[token], scale)
             scatter(state, rows[cut, t], here & (rows[cut, t] > null_index), S)
             scatter(result, token, here, o)
             scatter(written, token, here, here)
-    _store(out, result, written, zero_padding)
+    store(out, result, written, zero_padding)
 
 
 def fused_verify(
@@ -254,7 +259,7 @@ def fused_verify(
     result = o.float() if z is None or norm_weight is None else norm_and_gate(o, z, norm_weight, norm_eps, gate)
     owner = torch.searchsorted(cu_seqlens.long(), torch.arange(tokens, device=a.device), right=True) - 1
     real = owner < padding.shape[0]
-    _store(out, result, real & ~padding[torch.where(real, owner, 0)], zero_padding)
+    store(out, result, real & ~padding[torch.where(real, owner, 0)], zero_padding)
 
 
 CONV_PROLOGUE = BackendOp(conv_prologue)
