@@ -69,7 +69,8 @@ def triton_problems(num_k_heads: int = 16, num_v_heads: int = 32) -> list[Proble
     host: dict[str, Any] = {"bias_dtype": "bfloat16", "qk_l2norm": False}
     return [
         Problem(op, io, state, num_k_heads, num_v_heads, K, V, padded_pool=True,
-                max_spec_tokens=4 if PHASE_OF_OP[op] == "verify" else 0, **({} if (K, V) == (128, 128) else host))
+                max_spec_tokens=4 if PHASE_OF_OP[op] == "verify" else 0, ring=16 if op.startswith("replay_") else 0,
+                **({} if (K, V) == (128, 128) else host))
         for op in OPS
         for io, state, K, V in (sorted(norms) if op == "gated_norm" else cases)
     ]  # fmt: skip

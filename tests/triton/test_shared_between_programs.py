@@ -17,19 +17,36 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
 from gdn_plugin.backends.triton.configs import Tile
 from gdn_plugin.backends.triton.fused_decode import run as fused_decode
 from gdn_plugin.backends.triton.fused_verify import run as fused_verify
-from gdn_plugin.ops.cases import Heads, fused_decode_case, fused_verify_case
+from gdn_plugin.backends.triton.replay import run_decode, run_fold, run_verify
+from gdn_plugin.ops.cases import (
+    Heads,
+    fused_decode_case,
+    fused_verify_case,
+    replay_decode_case,
+    replay_fold_case,
+    replay_verify_case,
+)
 from tests.support.checks import check
 
-KERNELS = {"fused_decode": fused_decode, "fused_verify": fused_verify}
+KERNELS = {
+    "fused_decode": fused_decode, "fused_verify": fused_verify, "replay_decode": run_decode,
+    "replay_verify": run_verify, "replay_fold": run_fold,
+}  # fmt: skip
 CASES = {
     "fused_decode": lambda heads, norm: fused_decode_case(2, heads, norm=norm),
     "fused_verify": lambda heads, norm: fused_verify_case((4, 1, 3, 2), heads, accepted=(1, 4, 3, 2), norm=norm),
+    # An empty ring, one that is read round its end, one that folds, and a fresh row.
+    "replay_decode": lambda heads, norm: replay_decode_case(3, heads, norm=norm),
+    "replay_verify": lambda heads, norm: replay_verify_case((4, 1, 3, 2), heads, norm=norm, fresh=(3,)),
+    "replay_fold": lambda heads, norm: replay_fold_case(3, heads),
 }
+POOLS = ("conv_state", "state", "ring_k", "ring_u", "ring_g", "ring_span", "out")
 GROUPS = [((1, 1), 64), ((1, 1), 16), ((1, 3), 64), ((2, 4), 16)]
 
 
@@ -93,10 +110,11 @@ class Trace:
         return counter == same and one.barriers < before and other.barriers > behind and drawn == last[counter]
 
 
-def span(x) -> range:
-    """The addresses of everything that x's storage holds."""
+def addresses_of(x) -> set[int]:
+    """Of x's elements; other pools may lie in the same storage."""
     storage = x.untyped_storage()
-    return range(storage.data_ptr(), storage.data_ptr() + storage.nbytes())
+    element = torch.arange(storage.nbytes() // x.element_size()).as_strided(x.shape, x.stride(), x.storage_offset())
+    return set((storage.data_ptr() + element.flatten() * x.element_size()).tolist())
 
 
 @pytest.mark.parametrize(("heads", "block_v"), GROUPS, ids=str)
@@ -111,7 +129,7 @@ def test_what_one_writes_no_other_may_be_touching(monkeypatch, op, heads, block_
     last = {counter: group - 1 for counter, _, _ in trace.tickets.values()}
     assert len(trace.tickets) == (0 if group == 1 else len(last) * group)
     shared = 0
-    windows = {name: span(given[name]) for name in ("conv_state", "state", "out")}
+    windows = {name: addresses_of(given[name]) for name in POOLS if name in given}
     for address, accesses in trace.accesses.items():
         where = next((name for name, addresses in windows.items() if address in addresses), None)
         for one, other in itertools.combinations(accesses, 2):
@@ -121,7 +139,7 @@ def test_what_one_writes_no_other_may_be_touching(monkeypatch, op, heads, block_
                 shared += 1
                 fine = trace.ordered(one, other, last) or trace.ordered(other, one, last)
                 assert fine, f"two programs race for an element of {where}: {one}, {other}"
-            elif where == "conv_state" or one.shape != other.shape:
+            elif where in ("conv_state", "ring_span") or one.shape != other.shape:
                 # Elsewhere a tile of one shape is loaded and stored by the same threads; channels, fewer than threads,
                 # several threads may hold.
                 fine = one.barriers != other.barriers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from importlib import import_module
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from gdn_plugin.backends.triton import launch as launching
 from gdn_plugin.backends.triton.launch import compile_count, recorded
-from gdn_plugin.backends.triton.variants import key, specialise
+from gdn_plugin.backends.triton.variants import _beside, key, specialise
 from gdn_plugin.ops import dispatch
 from gdn_plugin.ops.cases import case
 from gdn_plugin.ops.selfcheck import small_case
-from gdn_plugin.registry import OPS, Platform, Problem, rows
+from gdn_plugin.registry import OPS, PHASE_OF_OP, Platform, Problem, rows
 from gdn_plugin.registry.backend import left_out
 from tests.support.triton_device import stand_in
 
@@ -23,16 +22,17 @@ HEADS = [(2, 4), (4, 8), (16, 32), (16, 48)]
 SMS = [80, 90, 100]
 SEQUENCES = (1, 2, 3, 8, 32, 128)
 TOKENS = (1, 2, 7, 64, 65, 256, 1000, 2048, 16384)
-ONE_TOKEN = ("decode", "fused_decode", "verify", "fused_verify")
+ONE_TOKEN = tuple(op for op in OPS if PHASE_OF_OP[op] in ("decode", "verify"))
 
 
 def op_of(name):
-    return getattr(import_module(f"gdn_plugin.backends.triton.{name}"), name.upper())
+    return dispatch.backend_op(name, "triton")
 
 
 def problem_of(op, heads=(16, 32), state_dtype="float32", **facts):
     facts.setdefault("checkpoints", op == "prefill")
-    facts.setdefault("max_spec_tokens", 4 if op in ("verify", "fused_verify", "conv_prologue") else 0)
+    facts.setdefault("max_spec_tokens", 4 if PHASE_OF_OP[op] == "verify" or op == "conv_prologue" else 0)
+    facts.setdefault("ring", 16 if op.startswith("replay_") else 0)
     facts.setdefault("padded_pool", True)
     return Problem(op, "bfloat16", state_dtype, *heads, 128, 128, **facts)
 
@@ -66,8 +66,9 @@ def calls(problem, lens, **features):
         {"zero_padding": False, "exp_gate": False, "gate": "silu", "null_index": -1, "max_seqlen": 0},
         {"zero_padding": True, "exp_gate": True, "gate": "sigmoid", "null_index": 0, "max_seqlen": max(lens)},
     )
-    if problem.op in ("verify", "fused_verify"):
+    if problem.phase == "verify":
         del either["num_accepted_tokens"]
+    if "start_rows" in arguments:
         arguments["start_rows"] = torch.empty(len(lens), dtype=torch.int32, device="meta")
         either["start_rows"] = ("io", None)
     names = [name for name in either if name in arguments]
@@ -141,7 +142,7 @@ def test_facts_of_a_problem_are_followed(op, facts):
     problem = problem_of(op, (4, 8), "bfloat16", **facts)
     known = set(listed(problem, 90))
     assert set(reached(problem, 90)) <= known
-    if facts == SAID and op != "gated_norm":  # and nothing is made in vain
+    if facts == SAID and op not in ("gated_norm", "replay_fold"):  # and nothing is made in vain
         assert known < set(listed(problem_of(op, (4, 8), "bfloat16"), 90))
 
 
@@ -182,7 +183,7 @@ def test_a_pool_with_strides_of_its_own(op, state_dtype):
     assert more and not set(more) & set(listed(problem, 90))
     with recorded(90) as recording:
         for call in calls(problem, [1, 1]):
-            op_of(op).run(**call | ({} if call["state"] is None else {"state": odd}))
+            op_of(op).run(**call | ({} if call["state"] is None else {"state": odd, **_beside(odd, call)}))
     assert {key(one) for one in recording.launches} <= set(more) | set(listed(problem, 90))
 
 
@@ -274,5 +275,6 @@ def test_every_kernel_of_a_loaded_op_is_counted():
         op_of(op)
     names = {kernel.__name__ for kernel in launching._kernels}
     assert names == {f"{n}_kernel" for n in ("conv_prologue", "prefill_solve", "prefill_state", "decode",
-                                             "fused_decode", "verify", "fused_verify", "gated_norm")}  # fmt: skip
+                                             "fused_decode", "verify", "fused_verify", "gated_norm", "replay",
+                                             "replay_fold")}  # fmt: skip
     assert all(isinstance(kernel.device_caches, dict) for kernel in launching._kernels)

@@ -112,6 +112,25 @@ def store_history(p_conv_state, p_x, o_x, o_c, window, length, stride_x, stride_
         tl.store(p_new, b_x.to(tl.float32).to(p_conv_state.dtype.element_ty), mask=o_t < length)
 
 
+@triton.jit
+def normalise_parts(p_out, p_z, p_norm_weight, length, stride_out_t, stride_out_h, stride_z_t, stride_z_h, eps,
+                    is_sigmoid, V: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """The gated norm of a group's `length` tokens in place, from p_out and p_z on, whose parts others stored."""
+    o_f = tl.arange(0, V)
+    b_weight = tl.load(p_norm_weight + o_f).to(tl.float32)
+    for i in range(0, length * RATIO, ROWS):
+        o_r = i + tl.arange(0, ROWS)  # (token, value head of the group)
+        o_t = (o_r // RATIO)[:, None]
+        o_h = (o_r % RATIO)[:, None]
+        mask = (o_r < length * RATIO)[:, None]
+        b_z = tl.load(p_z + o_t * stride_z_t + o_h * stride_z_h + o_f[None, :], mask=mask, other=0.0)
+        p_part = p_out + o_t * stride_out_t + o_h * stride_out_h + o_f[None, :]
+        # .cg: from L2, where the other programs' stores are
+        b_part = tl.load(p_part, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        b_y = rms_norm_gated(b_part, b_z.to(tl.float32), b_weight, V, eps, is_sigmoid)
+        tl.store(p_part, b_y.to(p_out.dtype.element_ty), mask=mask)
+
+
 @counted
 @triton.jit(
     do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
@@ -251,20 +270,11 @@ def fused_verify_kernel(
             tl.debug_barrier()
             tl.store(p_counters, 0)
         if NORM and NV > 1:
-            o_f = tl.arange(0, V)
-            b_weight = tl.load(p_norm_weight + o_f).to(tl.float32)
-            for i in range(0, length * RATIO, ROWS):
-                o_r = i + tl.arange(0, ROWS)  # (token, value head of the group)
-                o_t = (o_r // RATIO)[:, None]
-                o_h = (o_r % RATIO)[:, None]
-                mask = (o_r < length * RATIO)[:, None]
-                p_gate = p_z + (start + o_t) * stride_z_t + i_hk * stride_z_k + o_h * stride_z_h + o_f[None, :]
-                b_z = tl.load(p_gate, mask=mask, other=0.0)
-                p_part = p_out + o_t * stride_out_t + (i_hk * RATIO + o_h) * stride_out_h + o_f[None, :]
-                # .cg: from L2, where the other programs' stores are
-                b_part = tl.load(p_part, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
-                b_y = rms_norm_gated(b_part, b_z.to(tl.float32), b_weight, V, eps, is_sigmoid)
-                tl.store(p_part, b_y.to(p_out.dtype.element_ty), mask=mask)
+            p_gate = p_z + start * stride_z_t + i_hk * stride_z_k
+            normalise_parts(
+                p_out + i_hk * RATIO * stride_out_h, p_gate, p_norm_weight, length, stride_out_t, stride_out_h,
+                stride_z_t, stride_z_h, eps, is_sigmoid, V, RATIO, ROWS,
+            )  # fmt: skip
         store_history(p_conv_state, p_x, o_xq, c_q, old_q, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
         store_history(p_conv_state, p_x, o_xk, c_k, old_k, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from gdn_plugin.backends.triton.launch import Launch, interpreting, recorded
 from gdn_plugin.ops.cases import case
 from gdn_plugin.ops.record import dtype_name
-from gdn_plugin.registry import Platform, Problem, Variant
+from gdn_plugin.registry import PHASE_OF_OP, Platform, Problem, Variant
 
 # Tokens of each sequence. One short sequence, one long and many are the ends of every rule by which launchers choose:
 # few or many heads, short or long blocks, sequences whole, split over V or cut into segments. The stride from token to
@@ -165,10 +165,15 @@ def variants_of(
         found = {k: launch for k, launch in strided.items() if k not in found}
         label += f" pool={pool.stride(0)}"
     return [
-        KernelVariant(f"{launch.kernel.__name__.removesuffix('_kernel')} {label}{tail}", partial(compile_here, launch),
-                      launch, kept=True)
+        KernelVariant(f"{_named(launch, problem)} {label}{tail}", partial(compile_here, launch), launch, kept=True)
         for launch, tail in zip(found.values(), _tails(found.values()), strict=True)
     ]  # fmt: skip
+
+
+def _named(launch: Launch, problem: Problem) -> str:
+    """The kernel's name; the op's, where the kernel serves several."""
+    name: str = launch.kernel.__name__.removesuffix("_kernel")
+    return problem.op if problem.op.startswith(name) else name
 
 
 def either(parameter: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,10 +198,10 @@ def _launches(
 ) -> dict[Hashable, Launch]:
     with recorded(sm) as recording:
         for lens in SHAPES:
-            tokens = [1] * len(lens) if problem.op in ("decode", "fused_decode", "verify", "fused_verify") else lens
+            tokens = [1] * len(lens) if PHASE_OF_OP[problem.op] in ("decode", "verify") else lens
             arguments = case(problem, tokens, device="meta").arguments()
             if state is not None and arguments.get("state") is not None:
-                arguments["state"] = state
+                arguments |= {"state": state, **_beside(state, arguments)}
             for call in calls(arguments):
                 if _may_come(problem, call):
                     run(**call)
@@ -219,6 +224,17 @@ def _meta(pool: Tensor) -> Tensor:
     offset = pool.data_ptr() % 16 // pool.element_size()
     extent = offset + 1 + sum((n - 1) * stride for n, stride in zip(pool.shape, pool.stride(), strict=True))
     return torch.empty(extent, dtype=pool.dtype, device="meta").as_strided(pool.shape, pool.stride(), offset)
+
+
+def _beside(pool: Tensor, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What a row has beside its state, as far apart as the pool's rows: a host keeps it in the same page."""
+    found = {}
+    for name in ("ring_k", "ring_u", "ring_g", "ring_span"):
+        if name in arguments:
+            x = arguments[name]
+            page = pool.stride(0) * pool.element_size() // x.element_size()
+            found[name] = torch.empty_strided(x.shape, (page, *x.stride()[1:]), dtype=x.dtype, device="meta")
+    return found
 
 
 def _tails(launches: Iterable[Launch]) -> Iterator[str]:
