@@ -53,8 +53,10 @@ def backend(monkeypatch):
 def wrong(op, change):
     """The reference, with `change(arguments by name)` afterwards."""
 
+    truth = reference(op)  # now: a test may take it out of the table
+
     def run(**arguments):
-        reference(op)(**arguments)
+        truth(**arguments)
         change(arguments)
 
     return run
@@ -84,7 +86,7 @@ def test_wrong_results_are_caught(backend, op, factor, why):
     assert not result.ok
 
 
-@pytest.mark.parametrize("op", ["prefill", "decode", "fused_decode", "verify", "fused_verify"])
+@pytest.mark.parametrize("op", [op for op in WITH_STATE if op != "conv_prologue"])
 def test_a_wrong_state_is_caught(backend, op):
     result = selfcheck.run(backend(wrong(op, lambda named: named["state"].mul_(1.5))), problem(op), "cpu")
     assert f"state of {op} is off" in result.failure
@@ -104,7 +106,7 @@ def test_writing_where_nothing_names_is_caught(backend, op):
         named["state"][nobodys, 0, 0, 0] = 1.0
 
     failure = selfcheck.run(backend(wrong(op, change)), problem(op), "cpu").failure
-    assert re.fullmatch(rf"{op} wrote \d+ bytes of (conv_state and )?state that nothing names", failure)
+    assert re.fullmatch(rf"{op} wrote \d+ bytes of (conv_state and )?state( and ring_\w+)* that nothing names", failure)
 
 
 def test_writing_behind_a_row_is_caught(backend):

@@ -487,7 +487,7 @@ OPS: Mapping[str, Op] = {
         Op(
             "replay_fold",
             (
-                *_RING,
+                *(replace(x, mutated=x.name == "ring_span") for x in _RING),
                 _STATE,
                 _tensor("state_indices", "B", INT32),
                 replace(_HAS_INITIAL_STATE, default=None),

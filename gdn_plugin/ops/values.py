@@ -116,15 +116,26 @@ def _accepted(op: str, arguments: Mapping[str, Any], read: list[bool], most: int
 def _spans(op: str, arguments: Mapping[str, Any], read: list[bool]) -> None:
     """What a ring holds is within it."""
     slots = arguments["ring_k"].shape[1]
+    room = 0  # for the step's own tokens, which go behind even where what is held is folded
+    if "conv_state" in arguments:
+        room = arguments["conv_state"].shape[2] - arguments["conv_weight"].shape[1] + 2
     accepted = arguments.get("num_accepted_tokens")
+    if accepted is not None:
+        _accepted(op, arguments, read, slots)
     more = [0] * len(read) if accepted is None else [n - 1 for n in accepted.tolist()]
     for row, plus, is_read in zip(arguments["state_indices"].tolist(), more, read, strict=True):
         if not is_read:
             continue
-        for first, held in arguments["ring_span"][row].tolist():
-            if not (0 <= first < slots and held >= 0 and held + plus <= slots):
-                expected = f"a first slot below R = {slots} and a number that fits, with {plus} accepted drafts more"
-                fail(op, "ring_span", expected, (first, held))
+        spans = arguments["ring_span"][row].tolist()
+        first, held = spans[0]
+        if not (0 <= first < slots and held >= 0 and held + plus + room <= slots):
+            expected = (
+                f"a first slot below R = {slots} and a number that fits, with {plus} accepted drafts and a step of "
+                f"{room} tokens more"
+            )
+            fail(op, "ring_span", expected, (first, held))
+        if any(span != spans[0] for span in spans):
+            fail(op, "ring_span", "the same for every key head", spans)
 
 
 def _at_most(op: str, lens: list[int], most: int) -> None:

@@ -52,7 +52,10 @@ SETTINGS = {
     INFERENCE_POOLS: lambda device: contextlib.nullcontext(),
     "threads": lambda device: changed(torch.get_num_threads, torch.set_num_threads, 3),
 }
-OPS = ("conv_prologue", "prefill", "decode", "fused_decode", "verify", "fused_verify", "gated_norm")
+OPS = (
+    "conv_prologue", "prefill", "decode", "fused_decode", "verify", "fused_verify", "gated_norm", "replay_decode",
+    "replay_verify", "replay_fold",
+)  # fmt: skip
 TABLE = [(op, name) for op in OPS for name in SETTINGS]
 
 
@@ -69,7 +72,11 @@ def build(site, op: str) -> cases.Case:  # noqa: F811
         return cases.conv_prologue_case((6, 1, 2), fresh=(1,), padding=(2,), pad_tokens=2, **keywords)
     if op == "gated_norm":
         return cases.gated_norm_case(**keywords)
-    return {"decode": cases.decode_case, "fused_decode": cases.fused_decode_case}[op](5, padding=(1,), **keywords)
+    if op == "replay_verify":
+        return cases.replay_verify_case((4, 0, 2, 1, 3), fresh=(3,), padding=(2,), **keywords)
+    if op == "replay_fold":
+        return cases.replay_fold_case(5, accepted=(1, 2, 3, 2, 1), fresh=(3,), padding=(1,), **keywords)
+    return getattr(cases, f"{op}_case")(5, padding=(1,), **keywords)
 
 
 @pytest.fixture(autouse=True)

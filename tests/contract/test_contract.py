@@ -30,16 +30,23 @@ MAKERS = {
     "verify": cases.verify_case,
     "fused_verify": cases.fused_verify_case,
     "gated_norm": cases.gated_norm_case,
+    "replay_decode": cases.replay_decode_case,
+    "replay_verify": cases.replay_verify_case,
+    "replay_fold": cases.replay_fold_case,
 }
 
-STATE_OPS = ("prefill", "decode", "fused_decode", "verify", "fused_verify", "conv_prologue")
-CONV_OPS = ("conv_prologue", "fused_decode", "fused_verify")
+REPLAY_STEPS = ("replay_decode", "replay_verify")
+REPLAY = (*REPLAY_STEPS, "replay_fold")
+STATE_OPS = ("prefill", "decode", "fused_decode", "verify", "fused_verify", "conv_prologue", *REPLAY)
+CONV_OPS = ("conv_prologue", "fused_decode", "fused_verify", *REPLAY_STEPS)
+PACKED = ("prefill", "verify", "fused_verify", "conv_prologue", "replay_verify")
+TOKEN_OPS = tuple(op for op in MAKERS if op != "replay_fold")
 PROJECTED = (*CONV_OPS, "decode", "verify", "gated_norm")
 # The keyword features that mean the same for several ops: name -> (ops, keywords).
 SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "plain": (tuple(MAKERS), {}),
-    "strided": (tuple(MAKERS), {"gap": 64}),
-    "strided, unaligned": (tuple(MAKERS), {"gap": 3}),
+    "strided": (TOKEN_OPS, {"gap": 64}),
+    "strided, unaligned": (TOKEN_OPS, {"gap": 3}),
     "row numbers apart": (STATE_OPS, {"index_stride": 3}),
     "dense pools": (STATE_OPS, {"page_tail": 0}),
     "unaligned pools": (STATE_OPS, {"page_tail": 3}),
@@ -69,13 +76,13 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
         {"padding": (1, 3), "promise": "scratch", "io_dtype": BF16, "state_dtype": BF16},
     ),
     "no padding": (("prefill", "decode", "verify"), {"promise": "none"}),
-    "tokens past the end": (("prefill", "verify", "fused_verify", "conv_prologue"), {"pad_tokens": 70}),
-    "int64 offsets": (("prefill", "verify", "fused_verify", "conv_prologue"), {"offsets_dtype": INT64}),
-    "no sequences": (("prefill", "verify", "fused_verify", "conv_prologue"), {"lens": (), "pad_tokens": 3}),
-    "no tokens": (("prefill", "verify", "fused_verify", "conv_prologue"), {"lens": (0, 0)}),
-    "nothing": (("prefill", "verify", "fused_verify", "conv_prologue"), {"lens": ()}),
-    "no batch": (("decode", "fused_decode"), {"batch": 0}),
-    "one": (("decode", "fused_decode"), {"batch": 1}),
+    "tokens past the end": (PACKED, {"pad_tokens": 70}),
+    "int64 offsets": (PACKED, {"offsets_dtype": INT64}),
+    "no sequences": (PACKED, {"lens": (), "pad_tokens": 3}),
+    "no tokens": (PACKED, {"lens": (0, 0)}),
+    "nothing": (PACKED, {"lens": ()}),
+    "no batch": (("decode", "fused_decode", "replay_decode", "replay_fold"), {"batch": 0}),
+    "one": (("decode", "fused_decode", "replay_decode", "replay_fold"), {"batch": 1}),
     "DS layout": (CONV_OPS, {"layout": "DS", "extra_columns": 2}),
     "SD layout": (CONV_OPS, {"layout": "SD", "extra_columns": 2}),
     "shared pages": (CONV_OPS, {"layout": "SD", "shared": True, "gap": 64, "io_dtype": BF16}),
@@ -84,6 +91,20 @@ SHARED: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "no bias": (CONV_OPS, {"bias": False}),
     "width 2": (CONV_OPS, {"width": 2}),
     "width 3": (CONV_OPS, {"width": 3, "layout": "SD"}),
+    **{
+        f"bfloat16, state {str(state)[6:]}, u {str(u)[6:]}": (
+            REPLAY,
+            {"io_dtype": BF16, "state_dtype": state, "u_dtype": u},
+        )
+        for state in (FP32, BF16, HALF)
+        for u in (FP32, BF16, HALF)
+        if state != u
+    },
+    "odd ring": (REPLAY, {"ring": 13}),
+    "wide ring": (REPLAY, {"ring": 40}),
+    "smallest ring": (("replay_verify",), {"ring": 8}),
+    "empty rings": (REPLAY_STEPS, {"held": (0, 0, 0, 0), "accepted": (1, 1, 1, 1)}),
+    "shared dense pages": (REPLAY_STEPS, {"shared": True, "page_tail": 0, "io_dtype": BF16}),
 }
 FRESH = {"fresh": (1, 2), "index_stride": 2}
 OWN: dict[str, dict[str, dict[str, Any]]] = {
@@ -147,6 +168,40 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "sigmoid": {"gate": "sigmoid", "io_dtype": BF16},
         "no norm": {"norm": False},
     },
+    "replay_decode": {
+        "every fill": {"batch": 8, "held": tuple(range(8)), "ring": 8},
+        "sigmoid": {"gate": "sigmoid", "io_dtype": BF16},
+        "no norm": {"norm": False},
+        "no norm, interleaved": {"norm": False, "interleaved": True},
+        "ring of 2": {"ring": 2, "held": (0, 1, 1, 0)},
+        "columns of 4 tokens": {"ring": 8, "extra_columns": 3, "layout": "SD"},
+    },
+    "replay_verify": {
+        **{
+            f"{drafts} drafts": {
+                "lens": (drafts + 1, 1, drafts + 1, drafts), "slots": drafts + 1, "ring": 2 * drafts + 5, "fresh": (2,),
+            }
+            for drafts in range(1, 7)
+        },
+        "one slot": {"lens": (1, 1), "slots": 1},
+        **{f"{n} of 4 accepted": {"lens": (4, 2, 1), "accepted": (n, n, n)} for n in range(1, 5)},
+        "every fill": {"lens": (4,) * 9, "ring": 12, "accepted": (1,) * 9, "held": tuple(range(9))},
+        "empty between": {"lens": (0, 3, 0, 2)},
+        "fresh rows hold NaN": FRESH,
+        "all fresh": {"fresh": (0, 1, 2, 3)},
+        "has_initial_state None": {"fresh": None},
+        "wide convolution": {"width": 8},
+        "sigmoid": {"gate": "sigmoid", "io_dtype": BF16},
+        "no norm": {"norm": False},
+    },
+    "replay_fold": {
+        "fresh rows": FRESH,
+        "all fresh": {"fresh": (0, 1, 2, 3)},
+        "has_initial_state None": {"fresh": None},
+        "drafts accepted": {"accepted": (1, 4, 2, 3), "fresh": (1,)},
+        "every fill": {"batch": 9, "held": tuple(range(9))},
+        "ring of 1": {"ring": 1, "held": (0, 1, 1, 0)},
+    },
     "conv_prologue": {
         "shorter than the window": {"lens": (1, 2, 3, 4), "fresh": (1,)},
         "long": {"lens": (70, 0, 130), "fresh": (2,)},
@@ -174,7 +229,9 @@ OWN: dict[str, dict[str, dict[str, Any]]] = {
         "no tokens": {"tokens": 0},
     },
 }  # fmt: skip
-LENS = {"prefill": (66, 3, 1, 2), "verify": (3, 1, 4, 2), "fused_verify": (3, 1, 4, 2), "conv_prologue": (5, 1, 9, 2)}
+LENS = {"prefill": (66, 3, 1, 2), "conv_prologue": (5, 1, 9, 2)} | dict.fromkeys(
+    ("verify", "fused_verify", "replay_verify"), (3, 1, 4, 2)
+)
 TABLE = [(op, name) for name, (of, _) in SHARED.items() for op in of] + [(op, name) for op in OWN for name in OWN[op]]
 
 
@@ -182,6 +239,10 @@ def build(site: Site, op: str, name: str) -> cases.Case:  # noqa: F811
     keywords: dict[str, Any] = {"io_dtype": site.io, "heads": site.heads, "device": site.device}
     keywords |= {"lens": LENS[op]} if op in LENS else {} if op == "gated_norm" else {"batch": 4}
     keywords |= SHARED[name][1] if op in SHARED.get(name, ((),))[0] else OWN[op][name]
+    if op == "replay_decode":
+        keywords.pop("accepted", None)
+    if op == "replay_verify" and (more := keywords.pop("extra_columns", 0)):
+        keywords |= {"slots": 4 + more, "ring": 2 * (4 + more) + 3}
     if ratio := keywords.pop("ratio", 0):
         _, _, K, V = site.heads
         key_heads = 1 if site.slow else 2

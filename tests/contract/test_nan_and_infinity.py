@@ -70,12 +70,45 @@ SPOILT: dict[str, tuple[tuple[int, ...], dict[str, tuple[float, ...]]]] = {
             "state": (NAN,),
         },
     ),
+    "replay_decode": (
+        (0, 3),
+        {
+            "mixed_qkv": (NAN, INF),
+            "a": (NAN, INF, -INF),
+            "b": (NAN,),
+            "z": (NAN, INF),
+            "conv_state": (NAN,),
+            "state": (NAN,),
+            "ring_k": (NAN,),
+            "ring_u": (NAN, INF),
+            "ring_g": (NAN, -INF),
+        },
+    ),
+    "replay_verify": (
+        (0, 2, 4, 5),
+        {
+            "mixed_qkv": (NAN, INF),
+            "a": (NAN, INF, -INF),
+            "b": (NAN,),
+            "z": (NAN, INF),
+            "conv_state": (NAN,),
+            "state": (NAN,),
+            "ring_k": (NAN,),
+            "ring_u": (NAN, INF),
+            "ring_g": (NAN, -INF),
+        },
+    ),
+    "replay_fold": (
+        (0,),
+        {"state": (NAN, INF), "ring_k": (NAN, INF), "ring_u": (NAN, INF), "ring_g": (NAN, -INF)},
+    ),
     "conv_prologue": (
         (0, 2, 5, 6),
         {"mixed_qkv": (NAN, INF), "a": (NAN, INF, -INF), "b": (NAN, INF), "conv_state": (NAN, INF)},
     ),
     "gated_norm": ((0, 4), {"x": (NAN, INF), "z": (NAN, INF), "weight": (NAN,)}),
 }
+POOLS = ("state", "conv_state", "ring_k", "ring_u", "ring_g")
 TABLE = [(op, name) for op, (_, arguments) in SPOILT.items() for name in arguments]
 
 
@@ -91,6 +124,12 @@ def build(site, op: str) -> cases.Case:  # noqa: F811
         return cases.conv_prologue_case((6, 1, 2), fresh=(1,), **keywords)
     if op == "gated_norm":
         return cases.gated_norm_case(**keywords)
+    if op == "replay_verify":
+        return cases.replay_verify_case((4, 1, 2), accepted=(1, 2, 1), held=(3, 7, 0), fresh=(2,), **keywords)
+    if op == "replay_decode":
+        return cases.replay_decode_case(5, held=(3, 7, 0, 6, 1), **keywords)
+    if op == "replay_fold":
+        return cases.replay_fold_case(5, held=(3, 8, 0, 1, 2), **keywords)
     return {"decode": cases.decode_case, "fused_decode": cases.fused_decode_case}[op](5, **keywords)
 
 
@@ -102,13 +141,16 @@ def spoil(case: cases.Case, name: str, token: int, value: float) -> None:
         return
     view, indices = case.pools[name].view, case.args["state_indices"]
     row = int(indices[0] if indices.dim() == 1 else indices[0, int(case.args["num_accepted_tokens"][0]) - 1])
-    view[(row, *(1 % n for n in view.shape[1:]))] = value
+    at = [1 % n for n in view.shape[1:]]
+    if name.startswith("ring_"):
+        at[0] = 2  # of slots 1 to 3, which the first sequence's updates are in
+    view[(row, *at)] = value
 
 
 def test_spoilt(site, op, name, backend):  # noqa: F811
     tokens, arguments = SPOILT[op]
     for value in arguments[name]:
-        for token in tokens if name not in ("state", "conv_state", "weight") else tokens[:1]:
+        for token in tokens if name not in (*POOLS, "weight") else tokens[:1]:
             case = build(site, op)
             spoil(case, name, token, value)
             got = case.arguments(zero_padding=True)
@@ -117,6 +159,9 @@ def test_spoilt(site, op, name, backend):  # noqa: F811
             truth = run_reference(case)
             want = case.results(truth.outputs | truth.pools)
             for result, x in case.results(got).items():
+                if result == "ring_span":
+                    assert torch.equal(x.cpu(), want[result])
+                    continue
                 x, y, where = x.cpu(), want[result], f"{name}[{token}] = {value}: {result}"
                 fine = torch.isfinite(y)
                 wrong = torch.isfinite(x) != fine

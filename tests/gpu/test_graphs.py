@@ -15,7 +15,8 @@ from tests.tolerances import tolerance
 HEADS = Heads(4, 8, 128, 128)
 BF16, FP32 = torch.bfloat16, torch.float32
 DEVICE = "cuda"
-LENS = {"prefill": (64, 1, 129), "conv_prologue": (64, 1, 129), "verify": (4, 2, 3), "fused_verify": (4, 2, 3)}
+LENS = {"prefill": (64, 1, 129), "conv_prologue": (64, 1, 129), "verify": (4, 2, 3), "fused_verify": (4, 2, 3),
+        "replay_verify": (4, 2, 3)}  # fmt: skip
 
 
 def make(op: str, batch: int = 3, seed: int = 0) -> Case:
@@ -56,14 +57,14 @@ def captured_equals_eager(op: str, backend: str, batch: int = 3) -> None:
         assert all(torch.equal(x, y) for x, y in zip(replayed, eager, strict=True))
 
 
-@pytest.mark.parametrize("op", ["conv_prologue", "prefill", "verify", "fused_verify", "gated_norm"])
+@pytest.mark.parametrize("op", ["conv_prologue", "prefill", "verify", "fused_verify", "gated_norm", "replay_verify"])
 def test_triton_captured(backend_function, op):
     backend_function("triton", op)
     captured_equals_eager(op, "triton")
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64, 256])
-@pytest.mark.parametrize("op", ["decode", "fused_decode"])
+@pytest.mark.parametrize("op", ["decode", "fused_decode", "replay_decode"])
 def test_triton_decode_captured(backend_function, op, batch):
     backend_function("triton", op)
     captured_equals_eager(op, "triton", batch)

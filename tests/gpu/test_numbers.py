@@ -103,6 +103,30 @@ def test_triton_fused_verify(backend_function, heads, io, state):
 
 @pytest.mark.parametrize("heads", HEADS, ids=ids)
 @pytest.mark.parametrize("io", [BF16, FP16, FP32], ids=ids)
+@pytest.mark.parametrize("state", [FP32, BF16, FP16], ids=ids)
+@pytest.mark.parametrize("op", ["replay_decode", "replay_verify", "replay_fold"])
+def test_triton_replay(backend_function, op, heads, io, state):
+    more = {"lens": (3, 1, 4, 0, 2), "pad_tokens": 3, "fresh": (1,), "gap": 8} if op == "replay_verify" else {}
+    case = getattr(cases, f"{op}_case")(
+        heads=heads, io_dtype=io, state_dtype=state, padding=(4,), device="cuda", **more
+    )
+    check(backend_function("triton", op), case)
+
+
+@pytest.mark.parametrize("layout", ["DS", "SD"])
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("batch", [1, 8, 64, 128])
+def test_triton_replay_batches(backend_function, layout, slots, batch):
+    case = cases.replay_verify_case(
+        [1 + i % slots for i in range(batch)], QWEN, BF16, slots=slots, ring=16, layout=layout,
+        fresh=range(0, batch, 5), device="cuda",
+    )  # fmt: skip
+    for _ in range(5):  # a race shows as an error that moves
+        check(backend_function("triton", "replay_verify"), case)
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=ids)
+@pytest.mark.parametrize("io", [BF16, FP16, FP32], ids=ids)
 @pytest.mark.parametrize("layout", ["DS", "SD"])
 def test_triton_conv_prologue(backend_function, heads, io, layout):
     case = cases.conv_prologue_case(

@@ -17,7 +17,7 @@ DRAFTS = 4
 
 def calls(problem: Problem):
     """Lengths that a host may bring."""
-    if problem.op in ("decode", "fused_decode"):
+    if problem.op in ("decode", "fused_decode", "replay_decode", "replay_fold"):
         return [(1,) * n for n in BATCHES]
     if problem.op == "gated_norm":
         return [(1,), (3,), (257,), (16384,)]
@@ -37,7 +37,8 @@ def test_nothing_compiles_after_warm_up(backend_function, monkeypatch, op, backe
     dense = op == "verify" and backend == "flashinfer" and state_dtype == "float32"
     problem = Problem(
         op, "bfloat16", state_dtype, *heads, 128, 128, padded_pool=not dense,
-        max_spec_tokens=DRAFTS if op in ("verify", "fused_verify") else 0,
+        max_spec_tokens=DRAFTS if op in ("verify", "fused_verify", "replay_verify") else 0,
+        ring=16 if op.startswith("replay_") else 0,
         padding="none" if op == "verify" else "scratch" if op in ("prefill", "decode") else "any",
         bias_dtype="bfloat16", qk_l2norm=False,
     )  # fmt: skip

@@ -30,7 +30,10 @@ OP_CASES = {
     "gated_norm": lambda: cases.gated_norm_case(3),
     "replay_decode": lambda: cases.replay_decode_case(3),
     "replay_verify": lambda: cases.replay_verify_case((2, 3), slots=3, fresh=(1,)),
+    "replay_fold": lambda: cases.replay_fold_case(3, accepted=(1, 2, 3), fresh=(1,)),
 }
+REPLAY = ("replay_decode", "replay_verify", "replay_fold")
+FUSED = ("fused_decode", "fused_verify", "replay_decode", "replay_verify")
 # Arguments whose strides are free in every dim, or in all but the last.
 ANY_STRIDE = {"conv_weight", "state_indices", "g", "beta"}
 LAST_DENSE = {"x", "mixed_qkv", "q", "k", "v", "a", "b", "z"}
@@ -41,7 +44,8 @@ def arguments(op):
     case = OP_CASES[op]()
     values = dict(case.args) | {n: p.clone().view for n, p in case.pools.items()}
     buffers = {n: torch.full(shape, 7.0, dtype=dtype) for n, (shape, dtype) in case.outputs.items()}
-    values["out"] = tuple(buffers.values()) if op == "conv_prologue" else buffers["out"]
+    if buffers:
+        values["out"] = tuple(buffers.values()) if op == "conv_prologue" else buffers["out"]
     return values
 
 
@@ -104,26 +108,26 @@ FREE_SIZES = {("verify", "state_indices", 1)}
 SCALARS = [
     *[(op, "null_index", bad) for op in OP_CASES if op != "gated_norm" for bad in (-2, 1.0, None, True)],
     *[(op, "backend", bad) for op in OP_CASES for bad in (3, b"torch")],
-    *[(op, n, bad) for op in ("conv_prologue", "fused_decode", "fused_verify") for bad in (0, -1, 3, 2.0, None)
+    *[(op, n, bad) for op in ("conv_prologue", *FUSED) for bad in (0, -1, 3, 2.0, None)
       for n in ("num_k_heads", "head_k_dim", "head_v_dim")],
-    *[(op, "scale", bad) for op in ("prefill", "decode", "fused_decode", "verify", "fused_verify")
+    *[(op, "scale", bad) for op in ("prefill", "decode", "verify", *FUSED)
       for bad in ("1", float("nan"), True)],
     *[(op, "padding", bad) for op in ("prefill", "decode", "verify") for bad in ("", None, "all")],
     *[(op, "use_qk_l2norm", bad) for op in ("prefill", "decode", "verify") for bad in (1, None)],
-    *[(op, "zero_padding", bad) for op in ("prefill", "decode", "fused_decode", "verify", "fused_verify")
+    *[(op, "zero_padding", bad) for op in ("prefill", "decode", "verify", *FUSED)
       for bad in (1, None)],
     *[(op, "exp_gate", bad) for op in ("conv_prologue", "prefill") for bad in (1, None)],
     *[("prefill", "max_seqlen", bad) for bad in (-1, 1.5, None)],
     *[("prefill", "checkpoint_every", bad) for bad in (0, -64, 63, 96, 64.0, None)],
-    *[(op, "norm_eps", bad) for op in ("fused_decode", "fused_verify") for bad in (-1e-6, "0", None, float("nan"))],
+    *[(op, "norm_eps", bad) for op in FUSED for bad in (-1e-6, "0", None, float("nan"))],
     *[("gated_norm", "eps", bad) for bad in (-1e-6, "0", None, float("nan"))],
-    *[(op, "gate", bad) for op in ("fused_decode", "fused_verify", "gated_norm") for bad in ("relu", None, "SILU")],
+    *[(op, "gate", bad) for op in (*FUSED, "gated_norm") for bad in ("relu", None, "SILU")],
 ]  # fmt: skip
 MISSING = [
     ("prefill", {"checkpoints": None}, "checkpoints"),
     ("prefill", {"checkpoint_cu_starts": None}, "checkpoint_cu_starts"),
     ("prefill", {"checkpoints": None, "checkpoint_cu_starts": None}, "checkpoint_every"),
-    *[(op, {name: None}, name) for op in ("fused_decode", "fused_verify") for name in ("z", "norm_weight")],
+    *[(op, {name: None}, name) for op in FUSED for name in ("z", "norm_weight")],
     ("prefill", {"padding": "scratch", "null_index": -1}, "null_index"),
 ]
 # By op, tensors that may be None.
@@ -137,6 +141,7 @@ OPTIONAL = {
     "gated_norm": {"out"},
     "replay_decode": {"conv_bias", "z", "norm_weight", "out"},
     "replay_verify": {"conv_bias", "has_initial_state", "z", "norm_weight", "out"},
+    "replay_fold": {"has_initial_state", "num_accepted_tokens"},
 }
 REQUIRED = [
     (op, name) for op in OP_CASES for name, x in arguments(op).items()
@@ -150,7 +155,7 @@ def refused(op, values, name):
     The good call that it differs from was made before: what is remembered of that one must not let this one through.
     """
     getattr(ops, op)(**arguments(op), backend="torch")
-    watched = [x for n in ("state", "conv_state", "checkpoints", "out") for x in _tensors(values.get(n))]
+    watched = [x for n in (*OPS[op].written, "out") for x in _tensors(values.get(n))]
     before = [bits(x).clone() for x in watched]
     with pytest.raises(ValueError, match=rf"^gdn\.{op}: ") as caught:
         getattr(ops, op)(**({"backend": "torch"} | values))
@@ -217,6 +222,24 @@ def test_pools_that_overlap_themselves():
     refused("fused_decode", values | {"conv_state": overlapping}, "conv_state")
 
 
+@pytest.mark.parametrize("op", REPLAY)
+def test_rings_that_cannot_be(op):
+    """Too small for the tokens of two steps, rows that overlap, slots that are not dense, another number of rows."""
+    values = arguments(op)
+    steps = {} if op == "replay_fold" else {"conv_state": values["conv_state"]}
+    least = 2 * (steps["conv_state"].shape[2] - values["conv_weight"].shape[1] + 2) if steps else 1
+    rings = ("ring_k", "ring_u", "ring_g")
+    refused(op, values | {n: values[n][:, : least - 1].clone() for n in rings}, "ring_k")
+    for name in (*rings, "ring_span"):
+        x = values[name]
+        dense = x[0].numel()
+        apart = torch.zeros(dense * (x.shape[0] + 1), dtype=x.dtype).as_strided(x.shape, (dense - 1, *x.stride()[1:]))
+        refused(op, values | {name: apart}, name)
+        wide = torch.zeros(x.shape[0], 2 * x.shape[1], *x.shape[2:], dtype=x.dtype)[:, ::2]
+        refused(op, values | {name: wide}, name)
+        refused(op, values | {name: x[:-1]}, name)
+
+
 def test_too_few_columns_for_the_drafts():
     values = arguments("fused_verify")
     refused("fused_verify", values | {"conv_state": values["conv_state"][:, :, :-1]}, "conv_state")
@@ -269,6 +292,26 @@ BAD_VALUES = [
     ("fused_verify", "num_accepted_tokens", lambda x: x.fill_(4), "values from 1"),
     ("fused_verify", "start_rows", lambda x: x.fill_(99), "start_rows: expected rows below N"),
     ("fused_verify", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 0, 5])), "at most"),
+    ("replay_verify", "num_accepted_tokens", lambda x: x.fill_(4), "values from 1"),
+    ("replay_verify", "num_accepted_tokens", lambda x: x.fill_(0), "values from 1"),
+    ("replay_verify", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 0, 5])), "at most"),
+    ("replay_verify", "cu_seqlens", lambda x: x.copy_(torch.tensor([0, 2, 9])), "up to T"),
+    ("replay_fold", "num_accepted_tokens", lambda x: x.fill_(0), "values from 1"),
+    ("replay_fold", "num_accepted_tokens", lambda x: x.fill_(9), "values from 1"),
+    *[
+        (op, name, spoil, message)
+        for op in REPLAY
+        for name, spoil, message in (
+            ("state_indices", lambda x: x.fill_(2), "unique"),
+            ("state_indices", lambda x: x.fill_(99), "below N"),
+            ("ring_span", lambda x: x[..., 0].fill_(-1), "a first slot"),
+            ("ring_span", lambda x: x[..., 0].fill_(99), "a first slot"),
+            ("ring_span", lambda x: x[..., 1].fill_(-1), "a number that fits"),
+            ("ring_span", lambda x: x[..., 1].fill_(12), "a number that fits"),
+            ("ring_span", lambda x: x[:, 1, 0].add_(1).remainder_(8), "the same for every key head"),
+        )
+    ],
+    ("replay_decode", "ring_span", lambda x: x[..., 1].fill_(8), "a number that fits"),
 ]
 BROKEN_PROMISES = [
     ("prefill", "none", lambda values: values["state_indices"].fill_(-1), "no padding"),

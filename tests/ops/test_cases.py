@@ -36,7 +36,7 @@ def problem(op: str, **facts) -> Problem:
 
 def make(op: str, form: str, **more) -> cases.Case:
     spec = problem(op, **FORMS[form])
-    lens = (3, 0, 1, 2) if spec.max_spec_tokens or op == "verify" else (67, 0, 5, 2)
+    lens = (3, 0, 1, 2) if spec.max_spec_tokens or op in ("verify", "replay_verify") else (67, 0, 5, 2)
     return cases.case(spec, lens, fresh=(0,), padding=(3,), pad_tokens=2, **more)
 
 
@@ -100,7 +100,7 @@ def test_what_a_backend_wants():
 
 
 def test_what_a_problem_says_of_dt_bias_and_the_norm():
-    for op in ("conv_prologue", "decode", "fused_decode", "verify", "fused_verify"):
+    for op in ("conv_prologue", "decode", "fused_decode", "verify", "fused_verify", "replay_decode", "replay_verify"):
         args = make(op, "fp32 dt_bias").args
         assert (args["dt_bias"].dtype, args["a"].dtype) == (torch.float32, torch.bfloat16)
         assert make(op, "default").args["dt_bias"].dtype == torch.bfloat16

@@ -69,10 +69,38 @@ def plain_decode(w, pools, buffer):
     ).float()  # fmt: skip
 
 
+def replay(w, pools, buffer):
+    """Tokens that a ring keeps, and the fold of every row."""
+    out = buffer[: w["mixed_qkv"].shape[0]]
+    rings = (pools["state"], pools["ring_k"], pools["ring_u"], pools["ring_g"], pools["ring_span"])
+    ops.replay_verify(
+        w["mixed_qkv"] * 1.5, w["conv_weight"], w["conv_bias"], pools["conv_state"], w["a"], w["b"], w["A_log"],
+        w["dt_bias"], *rings, w["state_indices"], w["num_accepted_tokens"], w["cu_seqlens"], **SIZES, z=w["z"],
+        norm_weight=w["norm_weight"], out=out, backend="torch",
+    )  # fmt: skip
+    ops.replay_fold(*rings[1:], rings[0], w["state_indices"], backend="torch")
+    return out * 2
+
+
+def replay_step(w, pools, buffer):
+    out = ops.replay_decode(
+        w["mixed_qkv"] * 1.5, w["conv_weight"], w["conv_bias"], pools["conv_state"], w["a"], w["b"], w["A_log"],
+        w["dt_bias"], pools["state"], pools["ring_k"], pools["ring_u"], pools["ring_g"], pools["ring_span"],
+        w["state_indices"], **SIZES, z=w["z"], norm_weight=w["norm_weight"], backend="torch",
+    )  # fmt: skip
+    buffer[: out.shape[0]] = out
+    return out * 2
+
+
 LAYERS = {
     "layer": (layer, lambda n, **kw: cases.conv_prologue_case([3 + i for i in range(n)], HEADS, fresh=(0,), **kw)),
     "step": (step, lambda n, **kw: cases.fused_decode_case(n, HEADS, **kw)),
     "speculate": (speculate, lambda n, **kw: cases.verify_case([1 + i % 3 for i in range(n)], HEADS, slots=3, **kw)),
+    "replay": (
+        replay,
+        lambda n, **kw: cases.replay_verify_case([1 + i % 3 for i in range(n)], HEADS, slots=3, fresh=None, **kw),
+    ),
+    "replay_step": (replay_step, lambda n, **kw: cases.replay_decode_case(n, HEADS, **kw)),
     "plain_decode": (plain_decode, lambda n, **kw: cases.decode_case(n, HEADS, **kw)),
 }
 

@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdn_plugin.backends.torch import recurrent as eager
-from gdn_plugin.ops.cases import Heads, decode_case, fused_decode_case, fused_verify_case, verify_case
+from gdn_plugin.ops.cases import (
+    Heads,
+    decode_case,
+    fused_decode_case,
+    fused_verify_case,
+    replay_decode_case,
+    replay_fold_case,
+    replay_verify_case,
+    verify_case,
+)
+from gdn_plugin.ops.dispatch import backend_op
 from tests.support.checks import check
 from tests.support.public import public
 
@@ -19,6 +29,9 @@ OPS = {
     "fused_decode": fused_decode_case,
     "verify": verify_case,
     "fused_verify": fused_verify_case,
+    "replay_decode": replay_decode_case,
+    "replay_verify": replay_verify_case,
+    "replay_fold": replay_fold_case,
 }
 
 
@@ -42,7 +55,7 @@ def test_blocks_of_the_batch(op, monkeypatch):
     """A batch larger than one gathered block, blocks without a live sequence included."""
     monkeypatch.setattr(eager, "_BLOCK", 2 * Heads().v_heads * Heads().v_dim * Heads().k_dim)
     size = {"lens": (2, 1, 4, 3, 1, 2, 1)} if op.endswith("verify") else {"batch": 7}
-    check(getattr(eager, op), OPS[op](**size, padding=(2, 3, 6)))
+    check(backend_op(op, "torch").run, OPS[op](**size, padding=(2, 3, 6)))
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -53,12 +66,15 @@ def test_blocks_of_the_batch(op, monkeypatch):
     io_dtype=st.sampled_from([torch.float32, BF16, HALF]),
     data=st.data(),
 )
-@pytest.mark.parametrize("op", ["verify", "fused_verify"])
+@pytest.mark.parametrize("op", ["verify", "fused_verify", "replay_verify"])
 def test_verify_any_shape(op, lens, ratio, dims, io_dtype, data):
     slots = max(lens)
     accepted = data.draw(st.lists(st.integers(1, slots), min_size=len(lens), max_size=len(lens)))
     padding = tuple(data.draw(st.sets(st.integers(0, len(lens) - 1))))
-    more = {"fresh": data.draw(st.sets(st.integers(0, len(lens) - 1)))} if op == "fused_verify" else {}
+    more = {"fresh": data.draw(st.sets(st.integers(0, len(lens) - 1)))} if op != "verify" else {}
+    if op == "replay_verify":
+        more["ring"] = data.draw(st.integers(2 * slots, 2 * slots + 9))
+        more["held"] = [data.draw(st.integers(n - 1, more["ring"] - slots)) for n in accepted]
     heads = Heads(2, 2 * ratio, *dims)
     case = OPS[op](lens, heads, io_dtype, slots=slots, accepted=accepted, padding=padding, **more)
     check(public(op, "torch"), case)

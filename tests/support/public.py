@@ -25,12 +25,15 @@ def public(op: str, backend: str | None, *, out: bool | None = None) -> Callable
     def run(**args: Any) -> None:
         zeroing = {"zero_padding": args.pop("zero_padding")} if "zero_padding" in args else {}
         buffers = [args.pop(name) for name in names]
-        fill = not zeroing.get("zero_padding", True) if out is None else out
+        fill = bool(names) and not zeroing.get("zero_padding", True) if out is None else bool(names) and out
         if fill or any(buffer is x for buffer in buffers for x in args.values()):
             got = call(**args, **zeroing, out=buffers if len(names) > 1 else buffers[0], backend=backend)
             assert all(a is b for a, b in zip(got if len(names) > 1 else [got], buffers, strict=True))
             return
         got = call(**args, backend=backend)
+        if not names:
+            assert got is None
+            return
         for buffer, result in zip(buffers, got if len(names) > 1 else [got], strict=True):
             assert result.is_contiguous() and result.dtype == buffer.dtype
             buffer.copy_(result)

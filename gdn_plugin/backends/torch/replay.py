@@ -109,6 +109,8 @@ def replay_verify(
 
 def _put(ring: Tensor, rows: Tensor, slot: Tensor, here: Tensor, x: Tensor) -> None:
     """ring[rows, slot] = x where `here`; every other slot keeps its bits."""
+    if ring.shape[0] == 0:
+        return
     mine = torch.arange(ring.shape[1], device=rows.device) == slot[:, None]
     mine = mine.view(*mine.shape, *[1] * (ring.dim() - 2))
     kept = ring.index_select(0, torch.where(here, rows, 0))

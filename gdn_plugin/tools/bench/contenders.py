@@ -35,10 +35,10 @@ def ours(backend: str) -> Maker:
         given.pop("zero_padding", None)
         buffers = tuple(given.pop(name) for name in case.outputs)
         op = getattr(ops, case.op)
-        out = buffers if len(buffers) > 1 else buffers[0]
+        into: dict[str, Any] = {"out": buffers if len(buffers) > 1 else buffers[0]} if buffers else {}
 
         def call() -> tuple[Tensor, ...]:
-            op(**given, out=out, backend=backend)
+            op(**given, **into, backend=backend)
             return buffers
 
         return call

@@ -83,10 +83,13 @@ def bench_decode(job: Job) -> None:
         for graph in (True, False) if mix in ("1", "64") else (True,):
             job.compare("decode", ("triton", "flashinfer", "fla"), "qwen3-next", mix, graph=graph)
             job.compare("fused_decode", ("triton",), "qwen3-next", mix, graph=graph)
+        for state_dtype in ("float32", "bfloat16"):
+            job.compare("replay_decode", ("triton",), "qwen3-next", mix, graph=True, state_dtype=state_dtype)
         job.compare("decode", ("triton", "flashinfer"), "qwen3-next", mix, graph=True, state_dtype="bfloat16")
         job.compare("fused_decode", ("triton",), "qwen3-next", mix, graph=True, state_dtype="bfloat16")
     for mix in ("1", "64", "256"):
         job.compare("fused_decode", ("triton",), "qwen3-next-tp8", mix, graph=True)
+    job.compare("replay_fold", ("triton",), "qwen3-next", "64x1", graph=True)
 
 
 def bench_verify(job: Job) -> None:
@@ -96,6 +99,7 @@ def bench_verify(job: Job) -> None:
         job.compare("verify", ("triton", "flashinfer"), "qwen3-next", mix, graph=True, state_dtype="bfloat16")
         for state_dtype in ("float32", "bfloat16"):
             job.compare("fused_verify", ("triton",), "qwen3-next", mix, graph=True, state_dtype=state_dtype)
+            job.compare("replay_verify", ("triton",), "qwen3-next", mix, graph=True, state_dtype=state_dtype)
 
 
 def bench_norm(job: Job) -> None:

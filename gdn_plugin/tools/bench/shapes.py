@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from gdn_plugin.ops.cases import WIDTH, Heads
 
 CHUNK = 64
+RING = 16  # slots of a replay ring
 
 
 # Heads of one rank of the models' published config.json files; -tpN is one rank of N.
@@ -25,7 +26,7 @@ SHAPES = {
     )
 }
 MOST_SEQUENCES, MOST_TOKENS = 1 << 16, 1 << 24
-DECODE_OPS = ("decode", "fused_decode")
+DECODE_OPS = ("decode", "fused_decode", "replay_decode")
 
 
 def parse_shape(text: str) -> Heads:
@@ -112,6 +113,14 @@ def cost(op: str, heads: Heads, lens: tuple[int, ...], io: int = 2, state: int =
         return Cost(moved, tokens * (2 * WIDTH + 8) * heads.conv_dim)
     if op == "gated_norm":
         return Cost(3 * tokens * hv * V * io, 12 * tokens * hv * V)
+    if op in ("replay_decode", "replay_verify"):
+        # A state row in, and out once the ring is full; its updates in, half a ring of them, and this step's out.
+        kept, update = max(lens), hk * K * io + hv * V * state + 4 * hv
+        states = batch * row * state * (RING + kept) // RING
+        rings = batch * (RING // 2 + kept) * update
+        around = batch * kept * (heads.conv_dim + 2 * hv * V) * io + conv_rows
+        done = 4 * row + RING // 2 * 4 * (hk * K + hv * V) + 2 * WIDTH * heads.conv_dim
+        return Cost(states + rings + around, batch * kept * done)
     # One state row in, and one out a token; q, k, v in and out written. Verify keeps a row a token.
     kept = max(lens) if op in ("verify", "fused_verify") else 1
     moved = batch * row * state * (1 + kept) + batch * kept * (heads.conv_dim + hv * V) * io

@@ -18,6 +18,9 @@ MIXES = {
     "verify": ("8x4",),
     "fused_verify": ("8x4",),
     "gated_norm": ("1x2048",),
+    "replay_decode": ("1", "32"),
+    "replay_verify": ("8x4",),
+    "replay_fold": ("32x1",),  # of rings that the first call has emptied: what asking costs
 }
 # Whom `contenders.OTHERS` knows; a test holds the two together, so that --help need not import torch.
 OTHERS = ("vllm", "transformers", "fla", "flashinfer-as-vllm", "flashinfer-raw")
