@@ -69,7 +69,7 @@ def decide(
 
     Args:
         request: for replay, see `requests.replay_request`.
-        spec_tokens: most tokens that a speculative row brings; 0 without speculation. A ring holds two steps of them.
+        spec_tokens: most tokens that a speculative row brings; 0 without speculation. A ring has room for four steps.
         backends: the request for each phase: one by name must have the op that replay puts in the phase's place.
         obstacle: says why this host, or this mode of it, cannot have replay, or None; asked where replay is wanted.
     """
@@ -85,8 +85,8 @@ def decide(
     refused = (obstacle() if obstacle else None) or _unable(backends or {}, spec_tokens)
     if refused:
         return Replay(0, refused)
-    least = 2 * max(spec_tokens, 1)
-    return Replay(-(-max(slots, least) // 4) * 4, why)
+    # The ops need two steps' tokens and fold where less room than that is left: with no more, at nearly every step.
+    return Replay(-(-max(slots, 4 * spec_tokens) // 4) * 4, why)
 
 
 def _unable(backends: Mapping[str, str], spec_tokens: int) -> str | None:

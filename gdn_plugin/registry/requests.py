@@ -89,7 +89,8 @@ def _from_config(additional_config: Mapping[str, object] | None) -> dict[str, Re
         if key == "replay" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         if not isinstance(value, str):
-            raise SettingsError(f"{where}[{key!r}] must be a string; got {value!r}")
+            kind = "a string or an integer" if key == "replay" else "a string"
+            raise SettingsError(f"{where}[{key!r}] must be {kind}; got {value!r}")
         check = settings.checked_replay if key == "replay" else checked
         found[str(key)] = Request(check(value, f"{where}[{key!r}]"), where)
     return found

@@ -112,14 +112,12 @@ class World:
         last = request.accepted - 1
         got = self.parameters.state[request.rows[last]]
         if self.parameters.ring is not None:  # the first row is the only one, and has a ring to be counted in
-            first = request.rows[0]
-            held, got = (
-                [x[first : first + 1].clone() for x in y] for y in (self.parameters.ring, [self.parameters.state])
-            )
+            first = slice(request.rows[0], request.rows[0] + 1)
+            held, got = [x[first].clone() for x in self.parameters.ring], self.parameters.state[first].clone()
             accepted = torch.tensor([request.accepted], dtype=torch.int32)
             rows = torch.tensor([0], dtype=torch.int32)
-            ops.replay_fold(*held, *got, rows, num_accepted_tokens=accepted, backend="reference")
-            got = got[0][0]
+            ops.replay_fold(*held, got, rows, num_accepted_tokens=accepted, backend="reference")
+            got = got[0]
         assert_close("state", got, state, CLOSE)
         window = self.parameters.conv_state[request.rows[0], :, last : last + W - 1]
         assert torch.equal(window, history)
