@@ -47,10 +47,17 @@ PREFERENCES: tuple[Preference, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """The decision: slots of a row's ring, 0 where replay is off, and the sentence why."""
+    """The decision.
+
+    Args:
+        slots: of a row's ring; 0 where replay is off.
+        why: the sentence.
+        refused: a ring was asked for and cannot be had.
+    """
 
     slots: int
     why: str
+    refused: bool = False
 
     def describe(self) -> str:
         return f"replay: {f'on, a ring of {self.slots} slots' if self.slots else 'off'} ({self.why})"
@@ -84,7 +91,7 @@ def decide(
         return Replay(0, why)
     refused = (obstacle() if obstacle else None) or _unable(backends or {}, spec_tokens)
     if refused:
-        return Replay(0, refused)
+        return Replay(0, refused, refused=request.value != "auto")
     # The ops need two steps' tokens and fold where less room than that is left: with no more, at nearly every step.
     return Replay(-(-max(slots, 4 * spec_tokens) // 4) * 4, why)
 

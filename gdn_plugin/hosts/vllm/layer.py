@@ -34,7 +34,7 @@ from gdn_plugin.hosts.vllm.patches import align_copies_on_cpu, fresh_speculative
 from gdn_plugin.hosts.vllm.patches.freed_memory import keep_freed_memory
 from gdn_plugin.hosts.warm_up import warm_up, warm_up_pool
 from gdn_plugin.ops.record import dtype_name
-from gdn_plugin.registry import Replay, decide, probe, replay_request, requests
+from gdn_plugin.registry import decide, probe, replay_request, requests
 
 # Below vLLM's own logger, so that its handlers and its level apply.
 _log = logging.getLogger("vllm.gdn_plugin")
@@ -76,7 +76,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             backends=wanted,
             obstacle=functools.partial(replay_pages.obstacle, vllm_config),
         )
-        _say(decision, replay.value)
+        level = logging.WARNING if decision.refused else logging.INFO
+        log_once(_log, level, f"gdn_plugin: {decision.describe()}")
         self.gdn_replay_slots = decision.slots
         replay_pages.make_room(vllm_config, decision.slots)
         shape = Shape(
@@ -287,12 +288,6 @@ def _requests(vllm_config: VllmConfig) -> dict[str, str]:
 def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
     additional = vllm_config.additional_config
     return additional if isinstance(additional, dict) else {}
-
-
-def _say(replay: Replay, asked: str) -> None:
-    """On or off and why; a warning where it was asked for and cannot be."""
-    refused = not replay.slots and asked not in ("auto", "0")
-    log_once(_log, logging.WARNING if refused else logging.INFO, f"gdn_plugin: {replay.describe()}")
 
 
 def _mark_compiled_models(vllm_config: VllmConfig) -> None:
