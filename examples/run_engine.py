@@ -32,8 +32,9 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         job: `llm` (arguments of vllm.LLM), `rounds` (lists of token-id prompts), `max_tokens` (one number, or one a
-            prompt of each round), `prompt_logprobs` (bool), `repeat_timed` (bool: run the last round once more, timed),
-            `adapters` (a LoRA adapter's folder, or None, a round).
+            prompt of each round), `prompt_logprobs` and `logprobs` (bool: of the prompts, of what was said),
+            `repeat_timed` (bool: run the last round once more, timed), `adapters` (a LoRA adapter's folder, or None, a
+            round).
     """
     from vllm import LLM, SamplingParams
 
@@ -84,6 +85,7 @@ def _ask(
             max_tokens=length,
             ignore_eos=True,
             prompt_logprobs=0 if job.get("prompt_logprobs") else None,
+            logprobs=0 if job.get("logprobs") else None,
             detokenize=False,
         )
         for length in lengths
@@ -104,6 +106,8 @@ def _ask(
         if job.get("prompt_logprobs") and output.prompt_logprobs:
             pairs = zip(prompt[1:], output.prompt_logprobs[1:], strict=True)
             answer["prompt_logprobs"] = [entry[token].logprob for token, entry in pairs]
+        if job.get("logprobs"):
+            answer["logprobs"] = [next(iter(entry.values())).logprob for entry in output.outputs[0].logprobs]
         answers.append(answer)
     return answers
 

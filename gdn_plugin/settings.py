@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 PREFIX = "GDN_PLUGIN_"
 PHASES = ("prefill", "decode", "verify")
+REPLAY_SLOTS = range(4, 65)
 
 
 class SettingsError(ValueError):
@@ -20,7 +21,11 @@ class SettingsError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """A row of the table. `kind`: "request" (auto or backends joined by commas), "switch" (0 or 1), "path"."""
+    """A row of the table.
+
+    Args:
+        kind: "request" (auto or backends joined by commas), "switch" (0 or 1), "replay" (auto, 0 or slots), "path".
+    """
 
     name: str
     kind: str
@@ -35,6 +40,7 @@ TABLE: Mapping[str, Setting] = {
         Setting("GDN_PLUGIN_PREFILL_BACKEND", "request", None, "backend of prefill; wins over the above"),
         Setting("GDN_PLUGIN_DECODE_BACKEND", "request", None, "backend of decode; wins over the above"),
         Setting("GDN_PLUGIN_VERIFY_BACKEND", "request", None, "backend of verify; wins over the above"),
+        Setting("GDN_PLUGIN_REPLAY", "replay", "auto", "0: write each token's state; or slots of the ring, 4 to 64"),
         Setting("GDN_PLUGIN_DISABLE", "switch", "0", "1: register nothing, the stock host"),
         Setting("GDN_PLUGIN_SELF_CHECK", "switch", "1", "0: use kernels without checking their numbers first"),
         Setting("GDN_PLUGIN_DEBUG", "switch", "0", "1: also the argument checks that synchronise with the device"),
@@ -78,6 +84,30 @@ def backend_request(phase: str | None = None) -> tuple[str, str] | None:
     return None if raw is None else (name, raw)
 
 
+def replay_request() -> tuple[str, str] | None:
+    """(variable, its value) of GDN_PLUGIN_REPLAY: "auto", "0" or a number of slots; None where it is unset.
+
+    Raises:
+        SettingsError: something else.
+    """
+    name = "GDN_PLUGIN_REPLAY"
+    raw = value(name)
+    return None if raw is None else (name, checked_replay(raw, name))
+
+
+def checked_replay(raw: str, where: str) -> str:
+    """A request for replay that is valid.
+
+    Raises:
+        SettingsError: it is not.
+    """
+    slots = raw if raw in ("auto", "0") else next((str(n) for n in REPLAY_SLOTS if str(n) == raw), None)
+    if slots is None:
+        most = f"slots of the ring, {REPLAY_SLOTS[0]} to {REPLAY_SLOTS[-1]}"
+        raise SettingsError(f"{where}={raw!r} is not valid; choose one of: auto, 0, {most}")
+    return slots
+
+
 def check() -> None:
     """Everything that can be wrong with the variables but for the names of backends.
 
@@ -92,6 +122,7 @@ def check() -> None:
     for name, row in TABLE.items():
         if row.kind == "switch":
             _switch(name)
+    replay_request()
 
 
 def in_force() -> dict[str, str | None]:

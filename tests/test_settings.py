@@ -9,7 +9,7 @@ import pytest
 from gdn_plugin import settings
 from gdn_plugin.registry import Backend
 from gdn_plugin.registry.external import External, external
-from gdn_plugin.registry.requests import Request, requests
+from gdn_plugin.registry.requests import Request, replay_request, requests
 from gdn_plugin.settings import SettingsError
 
 VARIABLES = {
@@ -17,6 +17,7 @@ VARIABLES = {
     "GDN_PLUGIN_PREFILL_BACKEND",
     "GDN_PLUGIN_DECODE_BACKEND",
     "GDN_PLUGIN_VERIFY_BACKEND",
+    "GDN_PLUGIN_REPLAY",
     "GDN_PLUGIN_DISABLE",
     "GDN_PLUGIN_SELF_CHECK",
     "GDN_PLUGIN_DEBUG",
@@ -100,8 +101,36 @@ def test_a_bad_value_lists_the_good_ones(monkeypatch, name):
     if name.endswith("BACKEND"):
         assert "did you mean 'triton'?" in message
         assert "choose one of: auto, flashinfer, triton, cpu, torch, reference" in message
+    elif name.endswith("REPLAY"):
+        assert message.endswith("choose one of: auto, 0, slots of the ring, 4 to 64")
     else:
         assert message.endswith("choose one of: 0, 1")
+
+
+@pytest.mark.parametrize("raw", ["3", "65", "08", "-8", "8.0", "on", "1"])
+def test_bad_replay(monkeypatch, raw):
+    monkeypatch.setenv("GDN_PLUGIN_REPLAY", raw)
+    for ask in (requests, replay_request):
+        with pytest.raises(SettingsError, match=r"^GDN_PLUGIN_REPLAY='.+' is not valid; choose one of: auto, 0, "):
+            ask()
+    monkeypatch.delenv("GDN_PLUGIN_REPLAY")
+    with pytest.raises(SettingsError, match=r"\['replay'\]='.+' is not valid"):
+        replay_request({"gdn_plugin": {"replay": raw}})
+
+
+@pytest.mark.parametrize("raw", ["auto", "0", "4", "64"])
+def test_replay_from_either_place(monkeypatch, raw):
+    assert replay_request() == Request("auto", "default")
+    said = {"gdn_plugin": {"replay": int(raw) if raw.isdigit() else raw, "backend": "torch"}}
+    assert replay_request(said) == Request(raw, 'additional_config["gdn_plugin"]')
+    monkeypatch.setenv("GDN_PLUGIN_REPLAY", "16")
+    assert replay_request(said) == Request("16", "GDN_PLUGIN_REPLAY")
+
+
+@pytest.mark.parametrize("raw", [True, 8.5, [8]])
+def test_replay_of_another_type(raw):
+    with pytest.raises(SettingsError, match="must be"):
+        replay_request({"gdn_plugin": {"replay": raw}})
 
 
 @pytest.mark.parametrize("raw", [",", "triton,nothing", "triton,auto"])

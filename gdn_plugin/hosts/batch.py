@@ -120,7 +120,7 @@ class SpecPart:
     Args:
         count: tokens, padding included where `tokens` is None.
         tokens: [count] positions of its tokens, when other rows stand between them; None: all tokens of the batch.
-        state_indices: [B, S] int32, a state row for each token that a sequence may bring.
+        state_indices: [B, S] int32, a state row for each token that a sequence may bring; replay reads the first alone.
         cu_seqlens: [B + 1] int32.
         num_accepted_tokens: [B] int32, tokens accepted from the step before, at least 1; 1 for a sequence without an
             initial state.

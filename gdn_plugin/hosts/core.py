@@ -1,8 +1,9 @@
 """A layer's step on chosen backends: conv, gates, recurrence and gated norm of a batch. Knows tensors, and no host.
 
 Launches: a prefill part is conv_prologue, prefill and gated_norm; a decode part fused_decode and a speculative part
-fused_verify, or conv_prologue, decode or verify, and gated_norm where the phase's backend has no fused kernel. In what
-form a backend takes its arguments is said by its row (`Wants`).
+fused_verify, or conv_prologue, decode or verify, and gated_norm where the phase's backend has no fused kernel. With
+replay it is replay_decode and replay_verify, and replay_fold in front of a prefill part. In what form a backend takes
+its arguments is said by its row (`Wants`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Shape:
         padding: what the ops may take for granted of padding sequences, see `gdn_plugin.ops`.
         gated_norm: the gated RMSNorm behind the recurrence is the plugin's to do.
         padded_pool: rows of the state pool are further apart than a state is long: a page holds conv and state.
+        replay: slots of a row's ring of updates; 0: every step writes its states. A speculative row then has one row.
     """
 
     dtype: str
@@ -49,6 +51,7 @@ class Shape:
     padding: str = "any"
     padded_pool: bool = True
     gated_norm: bool = True
+    replay: int = 0
 
     def problems(self) -> dict[str, Problem]:
         """What the registry is to choose backends for.
@@ -56,8 +59,13 @@ class Shape:
         Speculative batches count as ragged: drafts end early, at a stop, at the length limit, or where a drafter has no
         more to say.
         """
-        used = ["conv_prologue", "prefill", "decode", "fused_decode"]
-        used += ["verify", "fused_verify"] if self.spec_tokens else []
+        if self.replay:
+            used = ["conv_prologue", "prefill", "replay_fold", "replay_decode"]
+            used += ["replay_verify"] if self.spec_tokens else []
+        else:
+            used = ["conv_prologue", "prefill", "decode", "fused_decode"]
+            used += ["verify", "fused_verify"] if self.spec_tokens else []
+        speculative = ("conv_prologue", "verify", "fused_verify")
         problems = {
             op: Problem(
                 op,
@@ -69,10 +77,11 @@ class Shape:
                 head_v_dim=self.head_v_dim,
                 padded_pool=self.padded_pool,
                 checkpoints=self.checkpoints and op == "prefill",
-                max_spec_tokens=self.spec_tokens if op in ("conv_prologue", "verify", "fused_verify") else 0,
+                max_spec_tokens=self.spec_tokens if op in speculative else self._ring_tokens(op),
                 ragged=op in ("verify", "fused_verify"),
                 padding=self.padding if op in ("prefill", "decode", "verify") else "any",
-                bias_dtype="" if op == "prefill" else self.bias_dtype,
+                ring=self.replay if op.startswith("replay_") else 0,
+                bias_dtype="" if op in ("prefill", "replay_fold") else self.bias_dtype,
                 qk_l2norm=False if op in ("prefill", "decode", "verify") else None,  # conv_prologue has done it
             )
             for op in used
@@ -81,6 +90,26 @@ class Shape:
             heads, dim = self.num_v_heads, self.head_v_dim
             problems["gated_norm"] = Problem("gated_norm", self.dtype, "float32", heads, heads, dim, dim)
         return problems
+
+    def _ring_tokens(self, op: str) -> int:
+        """Tokens that a step of `op` may put into a ring: by the columns of conv_state, with drafts or without."""
+        return max(self.spec_tokens, 1) if op in ("replay_decode", "replay_verify") else 0
+
+
+class Ring(NamedTuple):
+    """Beside each row's state its last updates, as `ops.replay_decode` has them; in the order of the ops' arguments.
+
+    Args:
+        k: [N, C, Hk, K] io dtype.
+        u: [N, C, Hv, V], the state's dtype.
+        g: [N, C, Hv] fp32.
+        span: [N, Hk, 2] int32; zeros: the row is a plain state.
+    """
+
+    k: Tensor
+    u: Tensor
+    g: Tensor
+    span: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +120,7 @@ class Parameters:
         conv_weight: [dim, W].
         conv_state: [N, dim, W-1 + drafts] view, either physical order.
         state: [N, Hv, V, K].
+        ring: with replay.
     """
 
     conv_weight: Tensor
@@ -99,6 +129,7 @@ class Parameters:
     dt_bias: Tensor
     conv_state: Tensor
     state: Tensor
+    ring: Ring | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +190,24 @@ class Core:
         norm: GatedNorm | None,
     ) -> None:
         mixed_qkv, a, b, out = (x[: part.count] for x in (mixed_qkv, a, b, out))
+        if p.ring is not None:
+            ops.replay_decode(
+                mixed_qkv,
+                p.conv_weight,
+                p.conv_bias,
+                p.conv_state,
+                a,
+                b,
+                p.A_log,
+                p.dt_bias,
+                p.state,
+                *p.ring,
+                part.state_indices,
+                **self._fused_arguments(norm, None, part.count),
+                out=out,
+                zero_padding=part.padded,
+            )
+            return
         if "decode" in self._fused:
             ops.fused_decode(
                 mixed_qkv,
@@ -208,6 +257,14 @@ class Core:
     ) -> None:
         mixed_qkv, a, b = (_take(x, part.tokens, part.first, part.count) for x in (mixed_qkv, a, b))
         wants = self.selection["prefill"].backend.wants
+        if p.ring is not None:
+            ops.replay_fold(
+                *p.ring,
+                p.state,
+                part.state_indices,
+                has_initial_state=part.has_initial_state,
+                null_index=self.shape.null_index,
+            )
         q, k, v, g, beta = self._prologue(
             mixed_qkv,
             a,
@@ -244,6 +301,8 @@ class Core:
         )
         if kept is not None and emitted is not None:
             _keep_states(p.state, kept, emitted)
+            if p.ring is not None:
+                p.ring.span.index_fill_(0, kept.rows, 0)
             history = self._flat(mixed_qkv[kept.conv_tokens]).transpose(1, 2)
             p.conv_state[:, :, : self.shape.conv_width - 1].index_copy_(0, kept.rows, history.to(p.conv_state.dtype))
         self._norm(norm, target, part.tokens, part.first)
@@ -262,7 +321,27 @@ class Core:
     ) -> None:
         mixed_qkv, a, b = (_take(x, part.tokens, 0, part.count) for x in (mixed_qkv, a, b))
         target = _target(out, part.tokens, 0, part.count)
-        if "verify" in self._fused:
+        if p.ring is not None:
+            ops.replay_verify(
+                mixed_qkv,
+                p.conv_weight,
+                p.conv_bias,
+                p.conv_state,
+                a,
+                b,
+                p.A_log,
+                p.dt_bias,
+                p.state,
+                *p.ring,
+                part.state_indices[:, 0],  # the host's first row of a sequence; it need have no other
+                part.num_accepted_tokens,
+                part.cu_seqlens,
+                has_initial_state=part.has_initial_state,
+                **self._fused_arguments(norm, part.tokens, part.count),
+                out=target,
+                zero_padding=part.padded,
+            )
+        elif "verify" in self._fused:
             ops.fused_verify(
                 mixed_qkv,
                 p.conv_weight,

@@ -6,7 +6,8 @@ from gdn_plugin.registry.errors import BackendError, BackendLoadError, NoBackend
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.probe import probe
 from gdn_plugin.registry.problem import DTYPES, OPS, PADDING, PHASE_OF_OP, Problem
-from gdn_plugin.registry.requests import Request, requests
+from gdn_plugin.registry.replay import Replay, decide
+from gdn_plugin.registry.requests import Request, replay_request, requests
 from gdn_plugin.registry.selection import Selection, select
 from gdn_plugin.registry.table import backend_names, rows
 from gdn_plugin.settings import PHASES, SettingsError
@@ -26,6 +27,7 @@ __all__ = [
     "NoBackendError",
     "Platform",
     "Problem",
+    "Replay",
     "Request",
     "Selection",
     "SelfCheckError",
@@ -35,10 +37,12 @@ __all__ = [
     "Wants",
     "backend_names",
     "choose",
+    "decide",
     "in_build",
     "judge",
     "load",
     "probe",
+    "replay_request",
     "requests",
     "rows",
     "select",

@@ -1,4 +1,4 @@
-"""Which backend a user asked for, phase by phase, from wherever it was said, every name checked.
+"""What a user asked for, a backend phase by phase and replay, from wherever it was said, every value checked.
 
 Strongest first: the phase's variable, GDN_PLUGIN_BACKEND, the host's own configuration for this plugin
 (`--additional-config '{"gdn_plugin": {"prefill_backend": ...}}'`), the host's own backend flag, auto.
@@ -15,12 +15,12 @@ from gdn_plugin.registry.table import BUILTIN_NAMES, backend_names
 from gdn_plugin.settings import PHASES, SettingsError, suggest
 
 CONFIG_KEY = "gdn_plugin"
-CONFIG_KEYS = ("backend", *(f"{phase}_backend" for phase in PHASES))
+CONFIG_KEYS = ("backend", *(f"{phase}_backend" for phase in PHASES), "replay")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What was asked for, for one phase, and where it was said."""
+    """What was asked for, for one phase or of replay, and where it was said."""
 
     value: str
     source: str
@@ -55,6 +55,17 @@ def requests(
     return chosen
 
 
+def replay_request(additional_config: Mapping[str, object] | None = None) -> Request:
+    """The request for replay: "auto", "0" or the slots of a ring.
+
+    Args, raises: as `requests`.
+    """
+    settings.check()
+    config = _from_config(additional_config)
+    said = settings.replay_request()
+    return Request(said[1], said[0]) if said else config.get("replay") or Request("auto", "default")
+
+
 def _from_variable(phase: str | None) -> Request | None:
     said = settings.backend_request(phase)
     return None if said is None else Request(checked(said[1], said[0]), said[0])
@@ -75,9 +86,13 @@ def _from_config(additional_config: Mapping[str, object] | None) -> dict[str, Re
             )
         if value is None:
             continue
+        if key == "replay" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
         if not isinstance(value, str):
-            raise SettingsError(f"{where}[{key!r}] must be a string; got {value!r}")
-        found[str(key)] = Request(checked(value, f"{where}[{key!r}]"), where)
+            kind = "a string or an integer" if key == "replay" else "a string"
+            raise SettingsError(f"{where}[{key!r}] must be {kind}; got {value!r}")
+        check = settings.checked_replay if key == "replay" else checked
+        found[str(key)] = Request(check(value, f"{where}[{key!r}]"), where)
     return found
 
 

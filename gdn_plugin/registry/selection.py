@@ -80,7 +80,8 @@ def select(
 
     conv_prologue and gated_norm follow the request for prefill, fused_decode that for decode and fused_verify that for
     verify, where a backend that was asked for offers the op and can run it; otherwise they are chosen by auto, since
-    the user named a backend for the phase and not for these.
+    the user named a backend for the phase and not for these. replay_decode and replay_verify take the phase's place: of
+    the backends that were asked for and offer the op one must be able to run it.
 
     Args:
         problems: by op; an op that is left out is not resolved.
@@ -109,9 +110,8 @@ def select(
 def _followed(platform: Platform, problem: Problem, request: str, out: Mapping[str, str]) -> str:
     """The request that an op without a setting of its own takes from its phase."""
     table = {row.name: row for row in rows(problem.op)}
-    able = [
-        name
-        for name in split_request(request)
-        if name in table and judge(table[name], platform, problem, out.get(name)).supported
-    ]
+    offering = [name for name in split_request(request) if name in table]
+    able = [name for name in offering if judge(table[name], platform, problem, out.get(name)).supported]
+    if not able and problem.op in ("replay_decode", "replay_verify"):
+        able = offering
     return ",".join(able) if able else "auto"

@@ -52,6 +52,7 @@ def ask(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ask:
         *,
         max_tokens: Any = 16,
         prompt_logprobs: bool = False,
+        logprobs: bool = False,
         environment: dict[str, str] | None = None,
         spy: bool = False,
         script: Path | None = None,
@@ -64,6 +65,7 @@ def ask(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ask:
             "rounds": rounds,
             "max_tokens": max_tokens,
             "prompt_logprobs": prompt_logprobs,
+            "logprobs": logprobs,
             "adapters": adapters,
         }
         script = Path(__file__).with_name("spy_engine.py") if spy else script

@@ -47,8 +47,8 @@ def main() -> None:
             layers = [runner.compilation_config.static_forward_context[name] for name in group.layer_names]
             for layer in (layer for layer in layers if hasattr(layer, "_gdn_core")):
                 fresh = [i for i in ids[computed // group.kv_cache_spec.block_size :] if i > 0]
-                for pool in layer.kv_cache:
-                    pool[fresh] = float("nan")
+                for pool in layer.kv_cache:  # of a ring's spans, what a former user might leave
+                    pool[fresh] = float("nan") if pool.dtype.is_floating_point else 3
                 seen["poisoned"] += len(fresh)
 
     def watched(self: Any, batch: Any, *args: Any) -> None:

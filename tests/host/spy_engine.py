@@ -21,6 +21,8 @@ def main() -> None:
 
     for key, value in run_engine.ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    from vllm.v1.core.sched.scheduler import Scheduler
+
     from gdn_plugin import ops
     from gdn_plugin.hosts import core
     from gdn_plugin.hosts.vllm import layer
@@ -28,7 +30,7 @@ def main() -> None:
     job_file, result_file = sys.argv[1:]
     seen: collections.Counter[str] = collections.Counter()
     compiled: list[int] = []
-    run = core.Core.run
+    run, preempt = core.Core.run, Scheduler._preempt_request
     metadata_of = layer.GdnPluginAttention._metadata
 
     def watched(self: Any, batch: Any, *args: Any) -> None:
@@ -41,6 +43,10 @@ def main() -> None:
         if serving["now"]:
             compiled.append(ops.compile_count())
 
+    def preempted(self: Any, *args: Any, **kwargs: Any) -> None:
+        seen["preempted"] += 1
+        preempt(self, *args, **kwargs)
+
     def noticed(self: Any) -> Any:
         metadata = metadata_of(self)
         serving["now"] = metadata is not None
@@ -48,6 +54,7 @@ def main() -> None:
 
     serving = {"now": False}
     core.Core.run = watched  # type: ignore[method-assign]
+    Scheduler._preempt_request = preempted  # type: ignore[method-assign]
     layer.GdnPluginAttention._metadata = noticed  # type: ignore[method-assign]
     result = run_engine.run_job(json.loads(Path(job_file).read_text()))
     result["seen"] = dict(seen)

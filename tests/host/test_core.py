@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from gdn_plugin import ops
 from gdn_plugin.hosts.batch import Batch
-from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Shape
+from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Ring, Shape
 from gdn_plugin.hosts.vllm.metadata import batch_of
 from gdn_plugin.registry import PHASES, probe, select
 from tests.host.steps import Request, Row, Step, build_inputs, build_metadata
@@ -23,15 +25,19 @@ ROWS = 66
 SPEC = 4  # tokens of a speculative row
 CLOSE = tolerance("prefill", torch.float32, torch.float32)
 
+SLOTS = 2 * SPEC  # of a ring: as short as it may be, so that folds are many
 # By backend; what the core does itself is the same on all of them, in either layout of the projections.
-WORLDS = ["reference", "torch", "cpu", "cpu, interleaved"]
+WORLDS = ["reference", "torch", "cpu", "cpu, interleaved", "reference, replay", "torch, replay"]
 # vLLM's own list for up to 64 sequences: 1, 2, 4, then every 8.
 CAPTURED_SIZES = (1, 2, 4, *range(8, 65, 8))
 
 
 @dataclass
 class World:
-    """Pools full of NaN (recycled rows hold anything), weights, requests and what the recurrence says of each."""
+    """Pools full of NaN (recycled rows hold anything), weights, requests and what the recurrence says of each.
+
+    As spans of a ring, that NaN is a place far outside of it.
+    """
 
     core: Core
     parameters: Parameters
@@ -104,7 +110,15 @@ class World:
         request = row.request
         _, state, history = self.truth(request)
         last = request.accepted - 1
-        assert_close("state", self.parameters.state[request.rows[last]], state, CLOSE)
+        got = self.parameters.state[request.rows[last]]
+        if self.parameters.ring is not None:  # the first row is the only one, and has a ring to be counted in
+            first = slice(request.rows[0], request.rows[0] + 1)
+            held, got = [x[first].clone() for x in self.parameters.ring], self.parameters.state[first].clone()
+            accepted = torch.tensor([request.accepted], dtype=torch.int32)
+            rows = torch.tensor([0], dtype=torch.int32)
+            ops.replay_fold(*held, got, rows, num_accepted_tokens=accepted, backend="reference")
+            got = got[0]
+        assert_close("state", got, state, CLOSE)
         window = self.parameters.conv_state[request.rows[0], :, last : last + W - 1]
         assert torch.equal(window, history)
 
@@ -119,21 +133,29 @@ def world(request: pytest.FixtureRequest) -> World:
     shape = Shape(
         "float32", "float32", HK, HV, K, V, W, spec_tokens=SPEC, checkpoints=True, null_index=0, padding="scratch"
     )
-    backend, _, interleaved = request.param.partition(", ")
+    backend, _, kind = request.param.partition(", ")
+    replay = SLOTS if kind == "replay" else 0
+    shape = replace(shape, replay=replay)
     selection = select(probe("cpu"), shape.problems(), dict.fromkeys(PHASES, backend))
     width = W - 1 + SPEC - 1
-    conv_size, state_size = DIM * width, HV * V * K
-    pages = torch.full((ROWS, conv_size + state_size + 96), float("nan"))
+    sizes = [(width, DIM), (HV, V, K)]
+    sizes += [(SLOTS, HK, K), (SLOTS, HV, V), (SLOTS, HV), (HK, 2)] if replay else []
+    ends = [0, *itertools.accumulate(map(math.prod, sizes))]
+    pages = torch.full((ROWS, ends[-1] + 96), float("nan"))
+    conv_state, state, *ring = (
+        pages[:, start:end].unflatten(1, size) for start, end, size in zip(ends, ends[1:], sizes, strict=False)
+    )
     parameters = Parameters(
         conv_weight=torch.randn(DIM, W, generator=generator) * 0.5,
         conv_bias=None,
         A_log=torch.randn(HV, generator=generator) * 0.5,
         dt_bias=torch.randn(HV, generator=generator),
-        conv_state=pages[:, :conv_size].unflatten(1, (width, DIM)).transpose(1, 2),
-        state=pages[:, conv_size : conv_size + state_size].unflatten(1, (HV, V, K)),
+        conv_state=conv_state.transpose(1, 2),
+        state=state,
+        ring=Ring(*ring[:3], ring[3].view(torch.int32)) if replay else None,
     )
     norm_weight = 1 + 0.1 * torch.randn(V, generator=generator)
-    return World(Core(shape, selection), parameters, norm_weight, generator, pages, bool(interleaved))
+    return World(Core(shape, selection), parameters, norm_weight, generator, pages, kind == "interleaved")
 
 
 def test_prefill_then_decode(world: World) -> None:
@@ -172,6 +194,8 @@ def test_a_prompt_with_drafts_behind_it_starts_from_nothing(world: World, length
     for rows in ([5, 6, 7, 8], [9, 10, 11, 12]):  # rows of nobody, and then rows that another request leaves behind
         for pools in (world.parameters.state, world.parameters.conv_state):
             pools[rows] = float("nan")
+        if world.parameters.ring is not None:
+            world.parameters.ring.span[rows] = torch.tensor([3, 4], dtype=torch.int32)  # what somebody might leave
         new = world.request(rows, 30)
         world.step(Step([Row(old, 2, 2), Row(new, length, drafts)]), norm=True)
         world.step(Step([Row(old, 1, 3), Row(new, 3, 1)]), norm=True)
@@ -203,6 +227,10 @@ def test_padded_decodes_leave_real_rows_as_they_are(world: World, size: int) -> 
     for request in requests:
         request.done = 1
     start = torch.randn(world.pages.shape, generator=world.generator)
+    if world.parameters.ring is not None:
+        world.pages.copy_(start)
+        world.parameters.ring.span.copy_(torch.tensor([SLOTS - 1, 3], dtype=torch.int32).expand(ROWS, HK, 2))
+        start = world.pages.clone()
     x, a, b, z = (world.randn(size, width) for width in (DIM, HV, HV, HV * V))
 
     def run(padding: int, filler: float) -> tuple[Tensor, Tensor]:
@@ -218,7 +246,7 @@ def test_padded_decodes_leave_real_rows_as_they_are(world: World, size: int) -> 
 
     alone, padded, poisoned = run(0, 0.0), run(size - count, 1.0), run(size - count, float("nan"))
     assert torch.isfinite(alone[0]).all() and not torch.equal(alone[1], start)
-    native = world.core.selection.backends()["fused_decode"] == "cpu"
+    native = world.core.selection.backends().get("fused_decode") == "cpu"
     for of_alone, of_padded, of_poisoned in zip(alone, padded, poisoned, strict=True):
         assert torch.equal(bits(of_padded), bits(of_poisoned))
         assert torch.equal(bits(of_alone), bits(of_padded)) or not native
@@ -267,6 +295,42 @@ def test_checkpoints_are_what_a_shorter_prompt_leaves(world: World, beside: str)
         _, state, history = world.truth_of(request, length)
         assert_close("checkpoint", world.parameters.state[row], state, CLOSE)
         assert torch.equal(world.parameters.conv_state[row, :, : W - 1], history)
+        if world.parameters.ring is not None:
+            assert not world.parameters.ring.span[row].any()
     # and a request that finds the checkpoint goes on from it
     again = Request([20], kept.x, kept.a, kept.b, done=64)
     world.step(Step([Row(again, 50)]))
+
+
+@pytest.mark.parametrize("world", ["torch, replay"], indirect=True)
+def test_a_state_is_written_where_the_ring_is_full_and_nowhere_else(world: World) -> None:
+    request = world.request([3], 60)
+    world.step(Step([Row(request, 9)]))
+    ring = world.parameters.ring
+    assert ring is not None
+    written = []
+    for _ in range(2 * SLOTS):
+        before = world.parameters.state[3].clone()
+        world.step(Step([Row(request, 1)]))
+        written.append(not torch.equal(before, world.parameters.state[3]))
+    # Room is kept for a step with drafts, which may follow: n + 2 * SPEC > SLOTS with one update in it.
+    assert written == [False] + [True] * (2 * SLOTS - 1)
+
+
+@pytest.mark.parametrize("world", ["torch, replay"], indirect=True)
+@pytest.mark.parametrize("lost", ["the fold", "its ring"])
+def test_a_prefill_behind_decodes_needs_the_fold(world: World, lost: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: without it the next chunk starts from a state that is some tokens old."""
+    request = world.request([3], 60)
+    world.step(Step([Row(request, 9)]))
+    world.step(Step([Row(request, 1)]))
+
+    def skipped(ring_k: Tensor, ring_u: Tensor, ring_g: Tensor, span: Tensor, state: Tensor, rows: Tensor, **_: object):
+        if lost == "its ring":
+            span[rows.long()] = 0
+
+    monkeypatch.setattr(ops, "replay_fold", skipped)
+    with pytest.raises(AssertionError):
+        world.step(Step([Row(request, 20)]))
+        monkeypatch.undo()
+        world.step(Step([Row(request, 1)]))

@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -351,3 +352,26 @@ def test_binding_the_pools_compiles_for_them(
         assert ops.compile_count() == compiled and bool((pages == 1).all())
     finally:
         layer.kv_cache = before
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_layer_with_replay_has_its_ring_in_the_page(
+    vllm_config: Any, monkeypatch: pytest.MonkeyPatch, drafts: int
+) -> None:
+    from gdn_plugin.hosts.vllm.layer import GdnPluginAttention
+
+    monkeypatch.setenv("GDN_PLUGIN_REPLAY", "8")
+    monkeypatch.setitem(vllm_config.additional_config, "gdn_plugin_replay", 0)  # and back to it
+    if drafts:
+        speculative = SimpleNamespace(num_speculative_tokens=drafts)
+        monkeypatch.setattr(vllm_config, "speculative_config", speculative)
+    layer = GdnPluginAttention(transformers_module(True)[0], vllm_config, f"model.layers.13.replay_{drafts}")
+    slots = 16 if drafts else 8
+    assert layer._gdn_core.shape.replay == slots and vllm_config.additional_config["gdn_plugin_replay"] == slots
+    assert layer.get_state_shape()[2:] == ((slots, 2, 64), (slots, 6, 32), (slots, 6), (2, 2))
+    assert layer.get_state_dtype()[2:] == (torch.float32, torch.float32, torch.float32, torch.int32)
+    layer.kv_cache = spare_pools(layer, 6)
+    parameters = layer._gdn_parameters()
+    assert parameters.ring is not None and parameters.ring.span.shape == (6, 2, 2)
+    spec = layer.get_kv_cache_spec(vllm_config)
+    assert spec.num_speculative_blocks == 0 and len(spec.shapes) == len(spec.dtypes) == 6

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gdn_plugin.hosts.vllm import compat, patches
 from gdn_plugin.hosts.vllm.metadata import translate
-from gdn_plugin.hosts.vllm.patches import fresh_speculative_rows
+from gdn_plugin.hosts.vllm.patches import fresh_speculative_rows, replay_pages
 from gdn_plugin.hosts.vllm.patches.fresh_speculative_rows import has_initial_state, tell_fresh_rows
 
 FILES = sorted(path for path in Path(patches.__file__).parent.glob("*.py") if path.stem != "__init__")
@@ -179,3 +179,105 @@ def test_the_hosts_own_builder_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.has_initial_state.tolist() == [True, False, True] and part.state_indices.shape == (3, SPEC)
     shared = made.update_block_table(metadata, common.block_table_tensor + 100, common.slot_mapping)
     assert has_initial_state(shared) is has_initial_state(metadata)
+
+
+class FakeModel(torch.nn.Module):
+    """A model's class as vLLM asks it for pages: [3 + drafts, dim] of conv, [Hv, V, K] of state; Hk=2, Hv=4."""
+
+    @classmethod
+    def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> Any:
+        return (3, 2 * 2 * 16 + 4 * 8), (4, 8, 16)
+
+    @classmethod
+    def get_mamba_state_dtype_from_config(cls, vllm_config: Any) -> Any:
+        return torch.bfloat16, torch.float32
+
+    @classmethod
+    def get_mamba_state_copy_funcs(cls, mamba_types: set[str]) -> Any:
+        return dict.fromkeys(mamba_types, ("conv", "state"))
+
+
+RING_SHAPES = ((8, 2, 16), (8, 4, 8), (8, 4), (2, 2))
+RING_DTYPES = (torch.bfloat16, torch.float32, torch.float32, torch.int32)
+
+
+def config_of(**changed: Any) -> SimpleNamespace:
+    facts = {
+        "cache_config": SimpleNamespace(mamba_cache_mode="none"),
+        "speculative_config": None,
+        "kv_transfer_config": None,
+        "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
+        "additional_config": {},
+        "model_config": SimpleNamespace(architecture="Fake", dtype=torch.bfloat16),
+    }
+    return SimpleNamespace(**facts | changed)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> type[FakeModel]:
+    class Model(FakeModel):
+        pass
+
+    registry = SimpleNamespace(resolve_model_cls=lambda architecture, model_config: (Model, architecture))
+    monkeypatch.setitem(sys.modules, "vllm.model_executor.models", SimpleNamespace(ModelRegistry=registry))
+    copying = SimpleNamespace(is_conv_state_dim_first=lambda: False, get_temporal_copy_spec="plain")
+    monkeypatch.setitem(sys.modules, replay_pages._MAMBA_UTILS, copying)
+    return Model
+
+
+def layer_with(slots: int) -> torch.nn.Module:
+    layer = torch.nn.Module()
+    layer.gdn_replay_slots, layer.mamba_type = slots, "gdn"  # type: ignore[assignment]
+    return layer
+
+
+def test_pages_have_room_for_a_ring(model: type[FakeModel]) -> None:
+    config = config_of()
+    assert replay_pages.make_room(config, 8) and not replay_pages.make_room(config, 8)
+    assert model.get_mamba_state_shape_from_config(config)[2:] == RING_SHAPES
+    assert model.get_mamba_state_dtype_from_config(config)[2:] == RING_DTYPES
+    served = model()
+    served.layer = layer_with(8)
+    copied = {"gdn": ("conv", "state", *["plain"] * 4), "other": ("conv", "state")}
+    assert served.get_mamba_state_copy_funcs({"gdn", "other"}) == copied
+
+
+def test_an_engine_without_replay_keeps_its_pages(model: type[FakeModel]) -> None:
+    """In one process, and with the very additional_config that an engine with replay had."""
+    with_ring, without = config_of(), config_of()
+    replay_pages.make_room(with_ring, 8)
+    without.additional_config = dict(with_ring.additional_config)
+    replay_pages.make_room(without, 0)
+    assert len(model.get_mamba_state_shape_from_config(with_ring)) == 6
+    assert len(model.get_mamba_state_shape_from_config(without)) == 2
+    assert len(model.get_mamba_state_dtype_from_config(without)) == 2
+    plain = model()
+    plain.layer = layer_with(0)
+    assert plain.get_mamba_state_copy_funcs({"gdn"}) == {"gdn": ("conv", "state")}
+    assert "get_mamba_state_shape_from_config" in vars(FakeModel)  # and its base is what it was
+    assert len(FakeModel.get_mamba_state_shape_from_config(with_ring)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"cache_config": SimpleNamespace(mamba_cache_mode="all")}, "mamba_cache_mode is 'all'"),
+        (
+            {"cache_config": SimpleNamespace(mamba_cache_mode="align"), "speculative_config": "mtp"},
+            "with the prefix cache and drafts",
+        ),
+        ({"kv_transfer_config": "nixl"}, "a KV connector"),
+        ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "a pipeline stage"),
+        ({"additional_config": "text"}, "additional_config is no dict"),
+    ],
+)
+def test_pages_that_cannot_hold_a_ring(model: type[FakeModel], changed: dict[str, Any], why: str) -> None:
+    assert str(replay_pages.obstacle(config_of(**changed))).startswith(why)
+
+
+def test_pages_that_can_hold_a_ring(model: type[FakeModel]) -> None:
+    assert replay_pages.obstacle(config_of()) is None
+    assert replay_pages.obstacle(config_of(cache_config=SimpleNamespace(mamba_cache_mode="align"))) is None
+    assert replay_pages.obstacle(config_of(speculative_config="mtp")) is None
+    model.get_mamba_specs_from_config = None  # type: ignore[attr-defined]
+    assert replay_pages.obstacle(config_of()) == "Model has pages of several kinds"

@@ -23,13 +23,15 @@ MATRIX = [
     ("ngram", 4, True, "torch"),
     ("mtp", 2, True, "auto"),
     ("mtp", 3, False, "torch"),
+    ("mtp", 2, False, "replay"),
 ]
 REST = [
     (method, drafts, cache, verify)
     for method in ("ngram", "mtp")
     for drafts in (1, 2, 3, 4)
     for cache in (False, True)
-    for verify in ("auto", "torch")
+    for verify in ("auto", "torch", "replay")
+    if not (cache and verify == "replay")  # served without, see tests/host/test_replay.py
     if (method, drafts, cache, verify) not in MATRIX
 ]
 
@@ -54,10 +56,11 @@ def test_short_prompts_in_recycled_blocks(
         "prime": [CACHED] * cache,
     }
     script = Path(__file__).with_name("poison_engine.py")
-    environment = {"GDN_PLUGIN_VERIFY_BACKEND": verify}
+    environment = {"GDN_PLUGIN_REPLAY": "8"} if verify == "replay" else {"GDN_PLUGIN_VERIFY_BACKEND": verify}
     result, log = run_in_subprocess(job, tmp_path, "poison", environment=environment, script=script)
     assert result is not None, log[-4000:]
     assert ("fused_verify: torch (asked for: torch)" in log) == (verify == "torch")
+    assert ("gdn_plugin: replay: on" in log) == (verify == "replay")
     seen = result["seen"]
     assert seen["poisoned"] > 0 and seen["fresh speculative rows"] > 0, seen
     # With MTP the host computes the last cached block anew, so no tail is that short.

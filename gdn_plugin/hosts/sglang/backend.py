@@ -23,7 +23,7 @@ from gdn_plugin.hosts.core import Core, Parameters, Shape, log_once, resolve
 from gdn_plugin.hosts.sglang.metadata import NULL_INDEX, PADDING, decode_batch, extend_batch
 from gdn_plugin.hosts.warm_up import warm_up, warm_up_pool
 from gdn_plugin.ops.record import dtype_name
-from gdn_plugin.registry import requests
+from gdn_plugin.registry import decide, probe, replay_request, requests
 
 _log = logging.getLogger("sglang.gdn_plugin")
 
@@ -54,6 +54,14 @@ class GdnPluginBackend(GDNAttnBackend):
             log_once(_log, logging.WARNING, f"gdn_plugin: GDN layers are left to SGLang: {reason}")
             return
         state = cache.temporal[0]
+        replay = decide(
+            probe(state.device.type),
+            replay_request(),
+            dtype_name(state.dtype),
+            obstacle=lambda: "SGLang's pools have no room for a ring",
+        )
+        if replay.refused:
+            log_once(_log, logging.WARNING, f"gdn_plugin: {replay.describe()}")
         shape = _shape(cache.conv[0], cache.temporal, model_runner.dtype, pool.enable_mamba_extra_buffer)
         self._gdn_core = Core(shape, resolve(shape, tuple(wanted.items()), state.device.type, _log))
         warm_up(self._gdn_core, state.device, _log)

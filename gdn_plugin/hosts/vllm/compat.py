@@ -13,6 +13,8 @@ LAYER_CLASS = "QwenGatedDeltaNetAttention"
 REGISTRY_MODULE = "vllm.model_executor.custom_op"
 
 _METADATA_MODULE = "vllm.v1.attention.backends.gdn_attn"
+_MAMBA_UTILS = "vllm.model_executor.layers.mamba.mamba_utils"
+_INTERFACES = "vllm.model_executor.models.interfaces"
 
 NEEDS: tuple[Need, ...] = (
     Need(REGISTRY_MODULE, "op_registry_oot", "to see whether another plugin has replaced the layer"),
@@ -106,12 +108,27 @@ NEEDS: tuple[Need, ...] = (
         fields=("num_prefill_checkpoint_blocks", "prefill_checkpoint_alignment", "mamba_cache_mode"),
     ),
     Need(
+        "vllm.v1.kv_cache_interface",
+        "MambaSpec",
+        "replay: one row a sequence, a ring in its page",
+        fields=("num_speculative_blocks", "shapes", "dtypes"),
+    ),
+    Need(_MAMBA_UTILS, "get_temporal_copy_spec", "replay: how the ring of a page is copied"),
+    Need(_INTERFACES, "IsHybrid", "patched with replay: a page's size", "get_mamba_state_shape_from_config"),
+    Need(
+        _INTERFACES,
+        "IsHybrid",
+        "patched with replay: copies of a page",
+        "get_mamba_state_copy_funcs",
+        parameters=("cls", "mamba_types"),
+    ),
+    Need(
         "vllm.model_executor.layers.mamba.checkpoint",
         "MambaPrefillCheckpointMetadata",
         "prefill checkpoints",
         fields=("checkpoint_offsets", "state_indices", "offsets"),
     ),
-    Need("vllm.model_executor.layers.mamba.mamba_utils", "is_conv_state_dim_first", "order of the conv pool"),
+    Need(_MAMBA_UTILS, "is_conv_state_dim_first", "order of the conv pool"),
     Need(
         _METADATA_MODULE,
         "GDNAttentionMetadata",

@@ -10,6 +10,7 @@ only once the host itself has.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from dataclasses import replace
@@ -27,13 +28,13 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from gdn_plugin import __version__
 from gdn_plugin.hosts.batch import CHECKPOINT_ALIGNMENT
-from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Shape, log_once, resolve
+from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Ring, Shape, log_once, resolve
 from gdn_plugin.hosts.vllm.metadata import NULL_INDEX, PADDING, batch_of
-from gdn_plugin.hosts.vllm.patches import align_copies_on_cpu, fresh_speculative_rows, saved_models
+from gdn_plugin.hosts.vllm.patches import align_copies_on_cpu, fresh_speculative_rows, replay_pages, saved_models
 from gdn_plugin.hosts.vllm.patches.freed_memory import keep_freed_memory
 from gdn_plugin.hosts.warm_up import warm_up, warm_up_pool
 from gdn_plugin.ops.record import dtype_name
-from gdn_plugin.registry import requests
+from gdn_plugin.registry import decide, probe, replay_request, requests
 
 # Below vLLM's own logger, so that its handlers and its level apply.
 _log = logging.getLogger("vllm.gdn_plugin")
@@ -50,30 +51,49 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         NoBackendError, SelfCheckError: a backend asked for by name cannot run here, or gave wrong numbers.
     """
 
+    gdn_replay_slots = 0  # of the ring in a page; asked for by the host before __init__ is done
+
     def __init__(self, config: Any, vllm_config: VllmConfig, prefix: str = "", *args: Any, **kwargs: Any) -> None:
         super().__init__(config, vllm_config, prefix, *args, **kwargs)
         self._gdn_core: Core | None = None
         self._gdn_packed = False
         self._gdn_checkpoint_grid: int | None = None
         wanted = _requests(vllm_config)
+        replay = replay_request(_additional(vllm_config))
         reason = self._left_to_host()
         if reason is not None:
+            replay_pages.make_room(vllm_config, 0)
             log_once(_log, logging.WARNING, f"gdn_plugin: GDN layers are left to vLLM: {reason}")
             return
         align = vllm_config.cache_config.mamba_cache_mode == "align"
+        state_dtype = dtype_name(self.get_state_dtype()[1])
+        spec_tokens = self.num_spec + 1 if self.num_spec else 0
+        decision = decide(
+            probe(current_platform.device_type),
+            replay,
+            state_dtype,
+            spec_tokens,
+            backends=wanted,
+            obstacle=functools.partial(replay_pages.obstacle, vllm_config),
+        )
+        level = logging.WARNING if decision.refused else logging.INFO
+        log_once(_log, level, f"gdn_plugin: {decision.describe()}")
+        self.gdn_replay_slots = decision.slots
+        replay_pages.make_room(vllm_config, decision.slots)
         shape = Shape(
             dtype=dtype_name(vllm_config.model_config.dtype),
-            state_dtype=dtype_name(self.get_state_dtype()[1]),
+            state_dtype=state_dtype,
             num_k_heads=self.num_k_heads // self.tp_size,
             num_v_heads=self.num_v_heads // self.tp_size,
             head_k_dim=self.head_k_dim,
             head_v_dim=self.head_v_dim,
             conv_width=self.conv_kernel_size,
-            spec_tokens=self.num_spec + 1 if self.num_spec else 0,
+            spec_tokens=spec_tokens,
             checkpoints=align,
             bias_dtype=dtype_name(self.dt_bias.dtype),
             null_index=NULL_INDEX,
             padding=PADDING,
+            replay=decision.slots,
         )
         self._gdn_core = Core(shape, resolve(shape, tuple(wanted.items()), current_platform.device_type, _log))
         # One op then takes the projections as they are, and a decode step is one launch with its norm.
@@ -115,12 +135,28 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             and norm.bias is None
         )
 
+    def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
+        """The host's, of conv and state; with replay of the ring too."""
+        return (*super().get_state_shape(), *(shape for shape, _ in self._ring_states()))
+
+    def get_state_dtype(self) -> tuple[torch.dtype, ...]:
+        return (*super().get_state_dtype(), *(dtype for _, dtype in self._ring_states()))
+
+    def _ring_states(self) -> tuple[replay_pages.State, ...]:
+        if not self.gdn_replay_slots:
+            return ()
+        base = tuple(super().get_state_shape()), super().get_state_dtype()
+        return replay_pages.ring_states(*base, self.model_config.dtype, self.gdn_replay_slots)
+
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """The host's spec; in "align" mode it says that prefill writes the state to be cached in one pass.
 
-        The scheduler then need not split a prompt at its last cacheable block.
+        The scheduler then need not split a prompt at its last cacheable block. With replay a sequence has one row,
+        however many drafts it brings.
         """
         spec = super().get_kv_cache_spec(vllm_config)
+        if self.gdn_replay_slots and isinstance(spec, MambaSpec):
+            spec = replace(spec, num_speculative_blocks=0)
         if self._gdn_checkpoint_grid is None or not isinstance(spec, MambaSpec):
             return spec
         if spec.num_prefill_checkpoint_blocks:  # vLLM 0.33 has done it
@@ -219,7 +255,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         core.run(batch_of(metadata, self.conv_kernel_size - 1), mixed_qkv, a, b, self._gdn_parameters(), out, norm)
 
     def _gdn_parameters(self) -> Parameters:
-        conv_pool, state = self.kv_cache
+        conv_pool, state, *ring = self.kv_cache
         # With LoRA the host wraps every linear layer, this one too, and the wrapper shows only some of what it has.
         conv1d: Any = getattr(self.conv1d, "base_layer", self.conv1d)
         return Parameters(
@@ -229,6 +265,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             dt_bias=self.dt_bias,
             conv_state=conv_pool if is_conv_state_dim_first() else conv_pool.transpose(-1, -2),
             state=state,
+            ring=Ring(*ring) if ring else None,
         )
 
     def _warmup_prefill_kernels(self, qkv_or_qkvz: Tensor, v_dim: int) -> None:
@@ -243,10 +280,14 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
 
 def _requests(vllm_config: VllmConfig) -> dict[str, str]:
     """The request for each phase, every setting checked."""
-    additional = vllm_config.additional_config
-    additional = additional if isinstance(additional, dict) else {}
+    additional = _additional(vllm_config)
     asked = requests(additional, additional.get("gdn_prefill_backend"))
     return {phase: request.value for phase, request in asked.items()}
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    additional = vllm_config.additional_config
+    return additional if isinstance(additional, dict) else {}
 
 
 def _mark_compiled_models(vllm_config: VllmConfig) -> None:

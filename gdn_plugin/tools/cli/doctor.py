@@ -16,10 +16,13 @@ from gdn_plugin.registry import (
     NoBackendError,
     Platform,
     Problem,
+    Replay,
     Request,
     Verdict,
+    decide,
     load,
     probe,
+    replay_request,
     requests,
     select,
 )
@@ -61,6 +64,7 @@ class Report:
     simulated: bool
     problem: Problem
     requests: dict[str, Request]
+    replay: Replay
     choices: dict[str, Choice] = field(default_factory=dict)
     refused: dict[str, NoBackendError] = field(default_factory=dict)
     hosts: list[host.HostReport] = field(default_factory=list)
@@ -97,10 +101,14 @@ def examine(args: argparse.Namespace) -> Report:
     asked = {phase: Request("auto", "default") for phase in PHASES}
     wrong = _wrong_settings()
     trouble += wrong
+    ring = Request("auto", "default")
     if not wrong:
-        asked = requests()
+        asked, ring = requests(), replay_request()
     disabled = not wrong and settings.disabled()
-    report = Report(platform, args.simulate is not None, layer["prefill"], asked, trouble=trouble)
+    backends = {phase: request.value for phase, request in asked.items()}
+    problem = layer["prefill"]
+    replay = decide(platform, ring, problem.state_dtype, backends=backends)
+    report = Report(platform, args.simulate is not None, problem, asked, replay, trouble=trouble)
     _resolve(report, layer)
     report.hosts = [host.report(one, disabled) for name, one in host.HOSTS.items() if args.host in (None, name)]
     for found in report.hosts:
@@ -119,7 +127,7 @@ def _wrong_settings() -> list[str]:
             checked(said[1], said[0])
 
     found: dict[str, None] = {}
-    for check in (settings.check, settings.disabled, settings.self_check, settings.debug):
+    for check in (settings.check, settings.disabled, settings.self_check, settings.debug, settings.replay_request):
         try:
             check()
         except settings.SettingsError as exc:
@@ -240,6 +248,7 @@ def as_data(report: Report) -> dict[str, object]:
             **settings.in_force(),
             "requests": {p: {"value": r.value, "source": r.source} for p, r in report.requests.items()},
         },
+        "replay": {"slots": report.replay.slots, "why": report.replay.why},
         "selection": selection,
         "hosts": {found.host.package: found.as_dict() for found in report.hosts},
         "trouble": report.trouble,
@@ -297,7 +306,7 @@ def _settings_lines(report: Report) -> list[str]:
     for phase, request in report.requests.items():
         if request.value != "auto":
             lines += _column(f"so {phase} asks for", f"{request.value} (from {request.source})")
-    return lines
+    return lines + _wrap(report.replay.describe(), "  ")
 
 
 def _op_lines(op: str, report: Report) -> list[str]:

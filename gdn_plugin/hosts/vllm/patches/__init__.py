@@ -5,5 +5,6 @@ PATCHES = {
     "align_copies_on_cpu": ("prefix cache with drafts on a CPU", "when a layer is built in align mode with drafts"),
     "freed_memory": ("page faults on a CPU", "in the profile run"),
     "fresh_speculative_rows": ("a short prompt must not see another user's state", "when a layer is built with drafts"),
+    "replay_pages": ("a page has room for the ring of its row", "when a layer is built with replay on"),
     "saved_models": ("compiled models load again", "when a layer is built"),
 }

@@ -1,0 +1,107 @@
+"""Whether decode and speculation keep their updates in a ring (replay), and how long it is: as data, and why.
+
+A row says where auto takes replay; the first that matches decides. Replace it by measured ones, as in `preferences`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from gdn_plugin.registry.platform import Platform
+from gdn_plugin.registry.requests import Request
+from gdn_plugin.registry.table import BUILTIN_NAMES, rows
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One judgement.
+
+    Args:
+        slots: of the ring that auto takes here; 0 = none.
+        reason: the sentence that auto gives.
+        source: the measurement.
+        sms: architectures it stands for; None = all, and CPUs.
+        state_dtypes: of the pool, by name; None = any.
+    """
+
+    slots: int
+    reason: str
+    source: str
+    sms: tuple[int, ...] | None = None
+    state_dtypes: tuple[str, ...] | None = None
+
+    def matches(self, platform: Platform, state_dtype: str) -> bool:
+        here = self.sms is None or platform.sm in self.sms
+        return here and (self.state_dtypes is None or state_dtype in self.state_dtypes)
+
+
+PREFERENCES: tuple[Preference, ...] = (
+    Preference(
+        0,
+        reason="auto leaves replay off, since no GPU has measured it yet",
+        source="none; of the bytes it moves docs/replay.md has the sums",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """The decision.
+
+    Args:
+        slots: of a row's ring; 0 where replay is off.
+        why: the sentence.
+        refused: a ring was asked for and cannot be had.
+    """
+
+    slots: int
+    why: str
+    refused: bool = False
+
+    def describe(self) -> str:
+        return f"replay: {f'on, a ring of {self.slots} slots' if self.slots else 'off'} ({self.why})"
+
+
+def decide(
+    platform: Platform,
+    request: Request,
+    state_dtype: str,
+    spec_tokens: int = 0,
+    *,
+    backends: Mapping[str, str] | None = None,
+    obstacle: Callable[[], str | None] | None = None,
+) -> Replay:
+    """Replay or not, for a layer.
+
+    Args:
+        request: for replay, see `requests.replay_request`.
+        spec_tokens: most tokens that a speculative row brings; 0 without speculation. A ring has room for four steps.
+        backends: the request for each phase: one by name must have the op that replay puts in the phase's place.
+        obstacle: says why this host, or this mode of it, cannot have replay, or None; asked where replay is wanted.
+    """
+    if request.value == "0":
+        return Replay(0, f"asked for, {request.source}")
+    if request.value == "auto":
+        row = next(row for row in PREFERENCES if row.matches(platform, state_dtype))
+        slots, why = row.slots, row.reason
+    else:
+        slots, why = int(request.value), f"asked for, {request.source}"
+    if not slots:
+        return Replay(0, why)
+    refused = (obstacle() if obstacle else None) or _unable(backends or {}, spec_tokens)
+    if refused:
+        return Replay(0, refused, refused=request.value != "auto")
+    # The ops need two steps' tokens and fold where less room than that is left: with no more, at nearly every step.
+    return Replay(-(-max(slots, 4 * spec_tokens) // 4) * 4, why)
+
+
+def _unable(backends: Mapping[str, str], spec_tokens: int) -> str | None:
+    """The sentence where a backend asked for by name has no op of replay."""
+    for phase in ("decode", "verify") if spec_tokens else ("decode",):
+        asked = backends.get(phase, "auto")
+        offered = {row.name for row in rows(f"replay_{phase}")}
+        if asked != "auto" and not offered.intersection(asked.split(",")):
+            have = ", ".join(name for name in BUILTIN_NAMES if name in offered)
+            return f"{asked}, asked for {phase}, has no replay_{phase}; these have it: {have}"
+    return None

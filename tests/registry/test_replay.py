@@ -1,0 +1,84 @@
+"""Replay on or off: the request, the data, what stands in its way, and the sentence for each."""
+
+from __future__ import annotations
+
+import pytest
+
+from gdn_plugin.registry import PHASES, NoBackendError, Platform, Request, decide, replay, select
+
+GPU, CPU = Platform.simulated("sm_90"), Platform.simulated("cpu")
+ON = Request("16", "GDN_PLUGIN_REPLAY")
+
+
+@pytest.mark.parametrize("platform", [GPU, CPU], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("state", ["float32", "bfloat16"])
+def test_auto_waits_for_a_measurement(platform, state):
+    decision = decide(platform, Request("auto", "default"), state, obstacle=lambda: pytest.fail("nobody asked for it"))
+    assert (decision.slots, decision.describe()) == (
+        0,
+        "replay: off (auto leaves replay off, since no GPU has measured it yet)",
+    )
+
+
+def test_auto_goes_by_the_first_row_that_matches(monkeypatch):
+    rows = (
+        replay.Preference(0, "slower there", "x", sms=(90,), state_dtypes=("float32",)),
+        replay.Preference(16, "measured faster", "y", sms=(90,)),
+        replay.Preference(0, "not measured", "z"),
+    )
+    monkeypatch.setattr(replay, "PREFERENCES", rows)
+    auto = Request("auto", "default")
+    cases = ((GPU, "float32"), (GPU, "bfloat16"), (CPU, "bfloat16"))
+    found = [decide(platform, auto, state).describe() for platform, state in cases]
+    assert found == [
+        "replay: off (slower there)", "replay: on, a ring of 16 slots (measured faster)", "replay: off (not measured)"
+    ]  # fmt: skip
+    assert decide(GPU, auto, "bfloat16", obstacle=lambda: "in the way").describe() == "replay: off (in the way)"
+
+
+def test_every_row_has_its_sentence_and_the_last_one_matches_all():
+    for row in replay.PREFERENCES:
+        assert row.reason and row.source
+    last = replay.PREFERENCES[-1]
+    assert last.sms is None and last.state_dtypes is None
+
+
+SIZES = [("4", 0, 4), ("9", 0, 12), ("16", 4, 16), ("8", 4, 16), ("64", 2, 64), ("4", 6, 24)]
+
+
+@pytest.mark.parametrize(("asked", "spec", "slots"), SIZES)
+def test_a_ring_has_room_for_the_drafts(asked, spec, slots):
+    decision = decide(CPU, Request(asked, "x"), "float32", spec)
+    assert decision.slots == slots >= 2 * spec
+    assert decision.describe() == f"replay: on, a ring of {slots} slots (asked for, x)"
+
+
+def test_off_is_off():
+    assert decide(GPU, Request("0", "x"), "float32").describe() == "replay: off (asked for, x)"
+
+
+@pytest.mark.parametrize(
+    ("backends", "spec", "refused"),
+    [
+        ({"decode": "cpu"}, 0, "cpu, asked for decode, has no replay_decode; these have it: triton, torch, reference"),
+        ({"verify": "flashinfer,cpu"}, 4, "flashinfer,cpu, asked for verify, has no replay_verify"),
+        ({"verify": "cpu"}, 0, None),
+        ({"prefill": "cpu", "decode": "cpu,torch"}, 4, None),
+        ({"decode": "auto"}, 4, None),
+    ],
+)  # fmt: skip
+def test_a_backend_asked_for_by_name_keeps_its_work(backends, spec, refused):
+    decision = decide(GPU, ON, "float32", spec, backends=backends)
+    assert bool(decision.slots) == (refused is None)
+    assert refused is None or decision.why.startswith(refused)
+
+
+def test_what_takes_a_phase_s_place_follows_its_request_or_says_why_not(problem):
+    ops = ("replay_decode", "replay_fold")
+    problems = {op: problem(op, ring=8) for op in ops}
+    named = select(CPU, problems, dict.fromkeys(PHASES, "torch"))
+    assert named.backends() == dict.fromkeys(ops, "torch")
+    assert [choice.problem.op for choice in named.reached()] == list(ops)
+    assert select(CPU, problems, {"prefill": "cpu"}).backends() == dict.fromkeys(ops, "torch")
+    with pytest.raises(NoBackendError, match="replay_decode"):
+        select(CPU, problems, {"decode": "triton"})
