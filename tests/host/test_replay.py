@@ -19,7 +19,7 @@ MTP = {"method": "mtp", "num_speculative_tokens": 3}
 
 
 def agree(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
-    """Issue J's bounds; and log-probabilities of the tokens up to the first that differs."""
+    """Nearly all tokens (0.97), and the log-probabilities of the tokens up to the first that differs."""
     pairs = [
         (mine, other)
         for a, b in zip(ours["rounds"], theirs["rounds"], strict=True)
