@@ -16,9 +16,10 @@ FILES = sorted(path for path in (HERE / "triton").glob("test_*.py") if path.name
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # kernels are compiled beside it in CI
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_interpreted(file: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(file)]
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=580)
+    done = subprocess.run(command, env=env, cwd=HERE.parent, capture_output=True, text=True, timeout=1180)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

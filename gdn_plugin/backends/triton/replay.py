@@ -153,6 +153,7 @@ def replay_kernel(
     b_ru = tl.load(
         p_ring_u + o_slot[:, None] * (num_v_heads * V) + o_v[None, :], mask=holds[:, None], other=0.0
     ).to(tl.float32)  # fmt: skip
+    b_ru += b_ru * 0.0  # an infinite update makes products of S_n NaN: its k has both signs
     b_rg = tl.load(p_ring_g + o_slot * num_v_heads, mask=holds, other=0.0)
     A_log = tl.load(p_A_log + i_h).to(tl.float32)
     dt_bias = tl.load(p_dt_bias + i_h).to(tl.float32)
