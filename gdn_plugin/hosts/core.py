@@ -131,6 +131,11 @@ class Parameters:
     state: Tensor
     ring: Ring | None = None
 
+    def in_front(self, mixed_qkv: Tensor, a: Tensor, b: Tensor) -> tuple[Any, ...]:
+        """What every fused op takes first, with replay the ring behind it."""
+        first = (mixed_qkv, self.conv_weight, self.conv_bias, self.conv_state, a, b, self.A_log, self.dt_bias)
+        return (*first, self.state, *(self.ring or ()))
+
 
 @dataclass(frozen=True, slots=True)
 class GatedNorm:
@@ -190,35 +195,10 @@ class Core:
         norm: GatedNorm | None,
     ) -> None:
         mixed_qkv, a, b, out = (x[: part.count] for x in (mixed_qkv, a, b, out))
-        if p.ring is not None:
-            ops.replay_decode(
-                mixed_qkv,
-                p.conv_weight,
-                p.conv_bias,
-                p.conv_state,
-                a,
-                b,
-                p.A_log,
-                p.dt_bias,
-                p.state,
-                *p.ring,
-                part.state_indices,
-                **self._fused_arguments(norm, None, part.count),
-                out=out,
-                zero_padding=part.padded,
-            )
-            return
-        if "decode" in self._fused:
-            ops.fused_decode(
-                mixed_qkv,
-                p.conv_weight,
-                p.conv_bias,
-                p.conv_state,
-                a,
-                b,
-                p.A_log,
-                p.dt_bias,
-                p.state,
+        if p.ring is not None or "decode" in self._fused:
+            step = ops.fused_decode if p.ring is None else ops.replay_decode
+            step(
+                *p.in_front(mixed_qkv, a, b),
                 part.state_indices,
                 **self._fused_arguments(norm, None, part.count),
                 out=out,
@@ -321,38 +301,12 @@ class Core:
     ) -> None:
         mixed_qkv, a, b = (_take(x, part.tokens, 0, part.count) for x in (mixed_qkv, a, b))
         target = _target(out, part.tokens, 0, part.count)
-        if p.ring is not None:
-            ops.replay_verify(
-                mixed_qkv,
-                p.conv_weight,
-                p.conv_bias,
-                p.conv_state,
-                a,
-                b,
-                p.A_log,
-                p.dt_bias,
-                p.state,
-                *p.ring,
-                part.state_indices[:, 0],  # the host's first row of a sequence; it need have no other
-                part.num_accepted_tokens,
-                part.cu_seqlens,
-                has_initial_state=part.has_initial_state,
-                **self._fused_arguments(norm, part.tokens, part.count),
-                out=target,
-                zero_padding=part.padded,
-            )
-        elif "verify" in self._fused:
-            ops.fused_verify(
-                mixed_qkv,
-                p.conv_weight,
-                p.conv_bias,
-                p.conv_state,
-                a,
-                b,
-                p.A_log,
-                p.dt_bias,
-                p.state,
-                part.state_indices,
+        if p.ring is not None or "verify" in self._fused:
+            step = ops.fused_verify if p.ring is None else ops.replay_verify
+            step(
+                *p.in_front(mixed_qkv, a, b),
+                # With a ring the host's first row of a sequence; it need have no other.
+                part.state_indices if p.ring is None else part.state_indices[:, 0],
                 part.num_accepted_tokens,
                 part.cu_seqlens,
                 has_initial_state=part.has_initial_state,

@@ -12,6 +12,8 @@ from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.requests import Request
 from gdn_plugin.registry.table import BUILTIN_NAMES, rows
 
+USUAL_SLOTS = 16  # of a ring, for tools that are told of none: a fold every 15 tokens, 15 to 18 % of a page
+
 
 @dataclass(frozen=True, slots=True)
 class Preference:

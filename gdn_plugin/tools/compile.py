@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn_plugin import child
-from gdn_plugin.registry import OPS, PHASE_OF_OP, Platform, Problem, load, rows
+from gdn_plugin.registry import OPS, PHASE_OF_OP, USUAL_SLOTS, Platform, Problem, load, rows
 from gdn_plugin.tools.compile_flashinfer import ARCHS, arch_list
 
 SMS = (80, 90, 100, 103, 120)
@@ -67,7 +67,7 @@ def triton_problems(num_k_heads: int = 16, num_v_heads: int = 32) -> list[Proble
     cases += [("bfloat16", "float32", K, V) for K in (64, 128, 256) for V in (64, 128, 256) if (K, V) != (128, 128)]
     norms = {(io, "float32", V, V) for io, _, _, V in cases}  # gated_norm has neither a state nor a K
     host: dict[str, Any] = {"bias_dtype": "bfloat16", "qk_l2norm": False}
-    replay: dict[str, Any] = {**host, "ring": 16}
+    replay: dict[str, Any] = {**host, "ring": USUAL_SLOTS}
 
     def facts(op: str, K: int, V: int) -> dict[str, Any]:
         return replay if op.startswith("replay_") else {} if (K, V) == (128, 128) else host

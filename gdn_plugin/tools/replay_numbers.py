@@ -17,9 +17,9 @@ from torch import Tensor
 from gdn_plugin import ops
 from gdn_plugin.ops.cases import WIDTH, Heads
 from gdn_plugin.ops.dispatch import backend_op
+from gdn_plugin.registry import USUAL_SLOTS
 
 HEADS = Heads(2, 4, 64, 64)
-RING = 16
 LAST = 512  # tokens that the error is taken over
 GATES = ("mild", "strong", "correlated", "no decay")
 
@@ -87,10 +87,8 @@ def _pools(state: torch.dtype, conv: torch.dtype) -> dict[str, Tensor]:
 def _truth(stream: Stream, steps: int) -> Tensor:
     """[steps, Hv, V] float64: the plain recurrence."""
     run = backend_op("fused_decode", "reference").run
-    pools, out = (
-        _pools(torch.float64, torch.float64),
-        torch.empty(steps, HEADS.v_heads, HEADS.v_dim, dtype=torch.float64),
-    )
+    pools = _pools(torch.float64, torch.float64)
+    out = torch.empty(steps, HEADS.v_heads, HEADS.v_dim, dtype=torch.float64)
     for t in range(steps):
         run(
             **stream.step(t), **pools, scale=HEADS.k_dim**-0.5, z=None, norm_weight=None, norm_eps=1e-6, gate="silu",
@@ -103,9 +101,9 @@ def _kept(way: Way, stream: Stream, steps: int) -> Tensor:
     pools, ring = _pools(way.state, _FP32), {}
     if way.u is not None:
         ring = {
-            "ring_k": torch.zeros(1, RING, HEADS.k_heads, HEADS.k_dim, dtype=_FP32),
-            "ring_u": torch.zeros(1, RING, HEADS.v_heads, HEADS.v_dim, dtype=way.u),
-            "ring_g": torch.zeros(1, RING, HEADS.v_heads, dtype=_FP32),
+            "ring_k": torch.zeros(1, USUAL_SLOTS, HEADS.k_heads, HEADS.k_dim, dtype=_FP32),
+            "ring_u": torch.zeros(1, USUAL_SLOTS, HEADS.v_heads, HEADS.v_dim, dtype=way.u),
+            "ring_g": torch.zeros(1, USUAL_SLOTS, HEADS.v_heads, dtype=_FP32),
             "ring_span": torch.zeros(1, HEADS.k_heads, 2, dtype=torch.int32),
         }
     call = ops.replay_decode if ring else ops.fused_decode

@@ -11,9 +11,8 @@ from gdn_plugin.backends.triton import workspace
 from gdn_plugin.backends.triton.configs import FEW_HEADS, Tile
 from gdn_plugin.backends.triton.launch import launch_count
 from gdn_plugin.backends.triton.replay import TILES
-from gdn_plugin.backends.triton.replay import run_decode as replay_decode
+from gdn_plugin.backends.triton.replay import run as replay_step
 from gdn_plugin.backends.triton.replay import run_fold as replay_fold
-from gdn_plugin.backends.triton.replay import run_verify as replay_verify
 from gdn_plugin.ops.cases import Heads, replay_decode_case, replay_fold_case, replay_verify_case
 from tests.support.checks import check
 
@@ -34,15 +33,15 @@ def counters_are_left_zero():
 def test_groups_and_splits(heads, block_v, norm):
     """Every way a group can be finished: one program or many, the norm in registers or by the last program."""
     tile, dims = Tile(block_v * 64, 4), Heads(*heads, 64, 64)
-    check(partial(replay_verify, config=tile), replay_verify_case((3, 1, 2), dims, norm=norm, fresh=(1,)))
-    check(partial(replay_decode, config=tile), replay_decode_case(3, dims, norm=norm))
+    check(partial(replay_step, config=tile), replay_verify_case((3, 1, 2), dims, norm=norm, fresh=(1,)))
+    check(partial(replay_step, config=tile), replay_decode_case(3, dims, norm=norm))
     check(partial(replay_fold, config=tile), replay_fold_case(3, dims))
 
 
 @pytest.mark.parametrize("held", range(6))
 def test_every_fill_of_a_ring_of_a_decode(held):
     """Six slots, of which one stays for the next token: from an empty ring to one that folds."""
-    check(replay_decode, replay_decode_case(2, SMALL, ring=6, held=(held, 5 - held)))
+    check(replay_step, replay_decode_case(2, SMALL, ring=6, held=(held, 5 - held)))
 
 
 @pytest.mark.parametrize("ring", [6, 8, 9])
@@ -51,7 +50,7 @@ def test_every_fill_of_a_ring_of_drafts(ring, accepted):
     most = ring - 3
     fills = range(accepted - 1, most + 1)
     check(
-        replay_verify,
+        replay_step,
         replay_verify_case(
             [1 + i % 3 for i in fills], SMALL, slots=3, ring=ring, held=fills, accepted=[accepted] * len(fills)
         ),
@@ -65,7 +64,7 @@ def test_every_fill_of_a_fold(held):
 
 @pytest.mark.parametrize("dims", [(64, 128), (128, 64), (256, 256)], ids=lambda x: "x".join(map(str, x)))
 def test_dims(dims):
-    check(replay_verify, replay_verify_case((2, 1, 2), Heads(1, 2, *dims)))
+    check(replay_step, replay_verify_case((2, 1, 2), Heads(1, 2, *dims)))
     check(replay_fold, replay_fold_case(2, Heads(1, 2, *dims), held=(3, 8)))
 
 
@@ -74,7 +73,7 @@ def test_dims(dims):
 @pytest.mark.parametrize("u_dtype", [FP32, BF16], ids=str)
 def test_dtypes(io_dtype, state_dtype, u_dtype):
     given = {"io_dtype": io_dtype, "state_dtype": state_dtype, "u_dtype": u_dtype}
-    check(replay_verify, replay_verify_case((3, 2, 1), SMALL, **given, gate="sigmoid", fresh=(1,)))
+    check(replay_step, replay_verify_case((3, 2, 1), SMALL, **given, gate="sigmoid", fresh=(1,)))
     check(replay_fold, replay_fold_case(3, SMALL, **given))
 
 
@@ -82,8 +81,8 @@ def test_dtypes(io_dtype, state_dtype, u_dtype):
 @pytest.mark.parametrize("width", [2, 3, 4, 8])
 def test_conv_layouts(layout, width):
     given = {"conv_dtype": FP32, "layout": layout, "width": width, "bias": width != 3}
-    check(replay_verify, replay_verify_case((3, 1), SMALL, BF16, **given))
-    check(replay_decode, replay_decode_case(2, SMALL, BF16, extra_columns=2, **given))
+    check(replay_step, replay_verify_case((3, 1), SMALL, BF16, **given))
+    check(replay_step, replay_decode_case(2, SMALL, BF16, extra_columns=2, **given))
 
 
 @pytest.mark.parametrize("zero_padding", [True, False], ids=["returning", "out"])
@@ -91,14 +90,14 @@ def test_conv_layouts(layout, width):
 def test_padding_and_strides(zero_padding, null_index):
     given = {"null_index": null_index, "index_stride": 3, "page_tail": 40}
     case = replay_verify_case((2, 3, 0, 1), SMALL, padding=(1,), pad_tokens=3, gap=8, fresh=(3,), **given)
-    check(replay_verify, case, zero_padding=zero_padding)
-    check(replay_decode, replay_decode_case(4, SMALL, padding=(1,), gap=8, **given), zero_padding=zero_padding)
+    check(replay_step, case, zero_padding=zero_padding)
+    check(replay_step, replay_decode_case(4, SMALL, padding=(1,), gap=8, **given), zero_padding=zero_padding)
     check(replay_fold, replay_fold_case(4, SMALL, padding=(1,), fresh=(2,), accepted=(1, 1, 1, 2), **given))
 
 
 def test_padding_alone():
-    check(replay_verify, replay_verify_case((2, 1), SMALL, padding=(0, 1), pool_rows=1))
-    check(replay_decode, replay_decode_case(9, SMALL, padding=range(9), pool_rows=1))
+    check(replay_step, replay_verify_case((2, 1), SMALL, padding=(0, 1), pool_rows=1))
+    check(replay_step, replay_decode_case(9, SMALL, padding=range(9), pool_rows=1))
     check(replay_fold, replay_fold_case(9, SMALL, padding=range(9), pool_rows=1))
 
 
@@ -106,20 +105,20 @@ def test_padding_alone():
 def test_a_host_page(interleaved):
     """conv_state, state and ring behind one another in a page, projections that are slices."""
     given = {"shared": True, "layout": "SD", "interleaved": interleaved, "gap": 16}
-    check(replay_verify, replay_verify_case((2, 1, 3), Heads(2, 4, 64, 64), BF16, BF16, **given))
-    check(replay_decode, replay_decode_case(3, Heads(2, 4, 64, 64), BF16, BF16, **given))
+    check(replay_step, replay_verify_case((2, 1, 3), Heads(2, 4, 64, 64), BF16, BF16, **given))
+    check(replay_step, replay_decode_case(3, Heads(2, 4, 64, 64), BF16, BF16, **given))
 
 
 def test_many_heads_take_the_other_tile():
     few, many = (TILES.tile(90, BF16, count, 64, 64) for count in (1, FEW_HEADS))
     assert few != many
-    check(partial(replay_decode, config=many), replay_decode_case(3, Heads(2, 4, 64, 64), BF16, BF16))
+    check(partial(replay_step, config=many), replay_decode_case(3, Heads(2, 4, 64, 64), BF16, BF16))
 
 
 def test_one_launch():
     for function, case in (
-        (replay_verify, replay_verify_case((2, 1), SMALL)),
-        (replay_decode, replay_decode_case(2, SMALL)),
+        (replay_step, replay_verify_case((2, 1), SMALL)),
+        (replay_step, replay_decode_case(2, SMALL)),
         (replay_fold, replay_fold_case(2, SMALL)),
     ):
         before = launch_count()

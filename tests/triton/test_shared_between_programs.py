@@ -23,7 +23,8 @@ from triton.runtime.interpreter import InterpreterBuilder
 from gdn_plugin.backends.triton.configs import Tile
 from gdn_plugin.backends.triton.fused_decode import run as fused_decode
 from gdn_plugin.backends.triton.fused_verify import run as fused_verify
-from gdn_plugin.backends.triton.replay import run_decode, run_fold, run_verify
+from gdn_plugin.backends.triton.replay import run as replay_step
+from gdn_plugin.backends.triton.replay import run_fold
 from gdn_plugin.ops.cases import (
     Heads,
     fused_decode_case,
@@ -35,8 +36,8 @@ from gdn_plugin.ops.cases import (
 from tests.support.checks import check
 
 KERNELS = {
-    "fused_decode": fused_decode, "fused_verify": fused_verify, "replay_decode": run_decode,
-    "replay_verify": run_verify, "replay_fold": run_fold,
+    "fused_decode": fused_decode, "fused_verify": fused_verify, "replay_decode": replay_step,
+    "replay_verify": replay_step, "replay_fold": run_fold,
 }  # fmt: skip
 CASES = {
     "fused_decode": lambda heads, norm: fused_decode_case(2, heads, norm=norm),

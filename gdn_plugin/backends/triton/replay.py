@@ -328,7 +328,7 @@ def replay_fold_kernel(
 TILES = Tiles({(0, 64, 0, ""): (Tile(1024, 2), Tile(2048, 2)), (0, 0, 0, ""): (Tile(2048, 4), Tile(4096, 4))})
 
 
-def run_verify(
+def run(
     *, mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, a: Tensor, b: Tensor,
     A_log: Tensor, dt_bias: Tensor, state: Tensor, ring_k: Tensor, ring_u: Tensor, ring_g: Tensor, ring_span: Tensor,
     state_indices: Tensor, num_k_heads: int, head_k_dim: int, head_v_dim: int, scale: float, z: Tensor | None,
@@ -377,23 +377,6 @@ def run_verify(
     )  # fmt: skip
 
 
-def run_decode(
-    *, mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, a: Tensor, b: Tensor,
-    A_log: Tensor, dt_bias: Tensor, state: Tensor, ring_k: Tensor, ring_u: Tensor, ring_g: Tensor, ring_span: Tensor,
-    state_indices: Tensor, num_k_heads: int, head_k_dim: int, head_v_dim: int, scale: float, z: Tensor | None,
-    norm_weight: Tensor | None, norm_eps: float, gate: str, null_index: int, out: Tensor, zero_padding: bool,
-    config: Tile | None = None,
-) -> None:  # fmt: skip
-    """One token of every sequence from mixed_qkv [B, dim] or [B, Hk, dim/Hk] to out [B, Hv, V]; as `run_verify`."""
-    run_verify(
-        mixed_qkv=mixed_qkv, conv_weight=conv_weight, conv_bias=conv_bias, conv_state=conv_state, a=a, b=b,
-        A_log=A_log, dt_bias=dt_bias, state=state, ring_k=ring_k, ring_u=ring_u, ring_g=ring_g, ring_span=ring_span,
-        state_indices=state_indices, num_k_heads=num_k_heads, head_k_dim=head_k_dim, head_v_dim=head_v_dim,
-        scale=scale, z=z, norm_weight=norm_weight, norm_eps=norm_eps, gate=gate, null_index=null_index, out=out,
-        zero_padding=zero_padding, config=config,
-    )  # fmt: skip
-
-
 def run_fold(
     *, ring_k: Tensor, ring_u: Tensor, ring_g: Tensor, ring_span: Tensor, state: Tensor, state_indices: Tensor,
     has_initial_state: Tensor | None, num_accepted_tokens: Tensor | None, null_index: int, config: Tile | None = None,
@@ -423,19 +406,14 @@ def run_fold(
     )  # fmt: skip
 
 
-def variants_decode(platform: Platform, problem: Problem, pool: Tensor | None = None) -> list[KernelVariant]:
+def variants(platform: Platform, problem: Problem, pool: Tensor | None = None) -> list[KernelVariant]:
     """See BackendOp.variants and `variants_of`."""
-    return variants_of(run_decode, fused_forms, platform, problem, pool)
-
-
-def variants_verify(platform: Platform, problem: Problem, pool: Tensor | None = None) -> list[KernelVariant]:
-    return variants_of(run_verify, fused_forms, platform, problem, pool)
+    return variants_of(run, fused_forms, platform, problem, pool)
 
 
 def variants_fold(platform: Platform, problem: Problem, pool: Tensor | None = None) -> list[KernelVariant]:
     return variants_of(run_fold, lambda arguments: [arguments], platform, problem, pool)
 
 
-REPLAY_DECODE = BackendOp(run=run_decode, variants=variants_decode, compile_count=compile_count, interleaved=True)
-REPLAY_VERIFY = BackendOp(run=run_verify, variants=variants_verify, compile_count=compile_count, interleaved=True)
+REPLAY_DECODE = REPLAY_VERIFY = BackendOp(run=run, variants=variants, compile_count=compile_count, interleaved=True)
 REPLAY_FOLD = BackendOp(run=run_fold, variants=variants_fold, compile_count=compile_count)

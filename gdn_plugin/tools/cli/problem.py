@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from gdn_plugin.registry import DTYPES, OPS, PHASE_OF_OP, Problem
+from gdn_plugin.registry import DTYPES, OPS, PHASE_OF_OP, USUAL_SLOTS, Problem
 from gdn_plugin.tools.cli.values import count
 
 STATE_DTYPES = ("float32", "bfloat16", "float16")
@@ -61,8 +61,7 @@ def host_problem(
     """An op as a serving engine calls it.
 
     Rows of its pools are padded (both states of a sequence lie in one page), its padding names a row that is nobody's,
-    and a sequence brings up to four tokens to verify; replay's rings have 16 slots. gated_norm knows no
-    state and no keys.
+    and a sequence brings up to four tokens to verify. gated_norm knows no state and no keys.
 
     Args:
         heads: Hk, Hv. dims: K, V.
@@ -81,6 +80,6 @@ def host_problem(
         checkpoints=checkpoints,
         max_spec_tokens=4 if PHASE_OF_OP[op] == "verify" else 0,
         ragged=ragged and PHASE_OF_OP[op] == "verify",
-        ring=16 if op.startswith("replay_") else 0,
+        ring=USUAL_SLOTS if op.startswith("replay_") else 0,
         padding="scratch" if op in ("prefill", "decode", "verify") else "any",
     )
