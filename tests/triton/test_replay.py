@@ -62,6 +62,22 @@ def test_every_fill_of_a_fold(held):
     check(replay_fold, replay_fold_case(3, SMALL, ring=7, held=held))
 
 
+@pytest.mark.parametrize("slot", [0, 3, 6], ids=["oldest", "middle", "newest"])
+def test_an_update_that_wiped_the_state(slot):
+    """A gate of -inf in rings that go on and in rings that fold; what was before it leaves nothing behind, nor NaN."""
+    held = (7, 7, 7)
+    for function, case in (
+        (replay_step, replay_decode_case(3, SMALL, ring=9, held=held)),
+        (replay_step, replay_decode_case(3, SMALL, ring=8, held=held)),
+        (replay_step, replay_verify_case((3, 1, 2), SMALL, slots=3, ring=10, held=held, accepted=(1, 2, 3))),
+        (replay_fold, replay_fold_case(3, SMALL, ring=9, held=held)),
+    ):
+        ring_g, span = case.pools["ring_g"].view, case.pools["ring_span"].view
+        for row in case.args["state_indices"].long():
+            ring_g[row, (span[row, 0, 0] + slot) % ring_g.shape[1], 0] = -float("inf")
+        check(function, case)
+
+
 @pytest.mark.parametrize("dims", [(64, 128), (128, 64), (256, 256)], ids=lambda x: "x".join(map(str, x)))
 def test_dims(dims):
     check(replay_step, replay_verify_case((2, 1, 2), Heads(1, 2, *dims)))

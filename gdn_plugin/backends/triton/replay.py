@@ -198,7 +198,7 @@ def replay_kernel(
         first = tl.where(first >= slots, first - slots, first)
         held = held * 0
         behind += float("-inf")  # the updates are in the anchor now
-        left = left * 0.0
+        left = tl.full((), 0.0, tl.float32)  # not a product: it is -inf where a gate in the ring wipes the state
     for i_t in range(length):
         if SPECULATIVE:
             # As in fused_verify: the next token's inputs are asked for before anything is stored.
