@@ -113,6 +113,8 @@ def test_padding_and_strides(zero_padding, null_index):
 
 def test_padding_alone():
     check(replay_step, replay_verify_case((2, 1), SMALL, padding=(0, 1), pool_rows=1))
+    # Pools without memory, and no has_initial_state in whose place they could be read.
+    check(replay_step, replay_verify_case((2, 1), SMALL, padding=(0, 1), fresh=None, pool_rows=0))
     check(replay_step, replay_decode_case(9, SMALL, padding=range(9), pool_rows=1))
     check(replay_fold, replay_fold_case(9, SMALL, padding=range(9), pool_rows=1))
 

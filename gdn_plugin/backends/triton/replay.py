@@ -345,8 +345,11 @@ def run(
         config: for a tuning script; else the table's.
     """
     batch, num_v_heads = state_indices.shape[0], A_log.shape[0]
-    # A pointer of the right type, whose bytes do not matter: one variant of the kernel serves both.
-    initial = ring_span.view(torch.bool) if has_initial_state is None else has_initial_state
+    # A pointer of the right type, whose bytes do not matter: one variant of the kernel serves both. Not the pool's,
+    # which may have no rows and no memory.
+    initial = has_initial_state
+    if initial is None and num_accepted_tokens is not None:
+        initial = num_accepted_tokens.view(torch.bool)
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
     block_v = tile.block_v(head_k_dim, head_v_dim)
     programs = num_v_heads * (head_v_dim // block_v)
@@ -357,7 +360,7 @@ def run(
         p_x=mixed_qkv, p_weight=conv_weight, p_bias=conv_bias, p_conv_state=conv_state, p_a=a, p_b=b, p_A_log=A_log,
         p_dt_bias=dt_bias, p_state=state, p_ring_k=ring_k, p_ring_u=ring_u, p_ring_g=ring_g, p_span=ring_span,
         p_indices=state_indices, p_accepted=num_accepted_tokens, p_cu_seqlens=cu_seqlens,
-        p_initial=initial if speculative else None, p_z=z if normed else None,
+        p_initial=initial, p_z=z if normed else None,
         p_norm_weight=norm_weight if normed else None, p_out=out,
         p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
         **qkv_strides(mixed_qkv, num_k_heads, num_v_heads, head_k_dim, head_v_dim),
