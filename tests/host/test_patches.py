@@ -258,6 +258,30 @@ def test_an_engine_without_replay_keeps_its_pages(model: type[FakeModel]) -> Non
     assert len(FakeModel.get_mamba_state_shape_from_config(with_ring)) == 2
 
 
+def test_a_class_derived_from_one_that_has_room(model: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Qwen3.5's mixture of experts is from the dense one, in a process that serves one behind the other."""
+    replay_pages.make_room(config_of(), 8)
+
+    class Derived(model):  # type: ignore[misc, valid-type]
+        pass
+
+    class Resized(model):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_mamba_state_shape_from_config(cls, vllm_config: Any) -> Any:
+            return super().get_mamba_state_shape_from_config(vllm_config)
+
+    for kind in (Derived, Resized):
+        registry = SimpleNamespace(resolve_model_cls=lambda *_, kind=kind, **__: (kind, "Fake"))
+        monkeypatch.setitem(sys.modules, "vllm.model_executor.models", SimpleNamespace(ModelRegistry=registry))
+        config = config_of()
+        replay_pages.make_room(config, 8)
+        assert kind.get_mamba_state_shape_from_config(config)[2:] == RING_SHAPES
+        assert kind.get_mamba_state_dtype_from_config(config)[2:] == RING_DTYPES
+        served = kind()
+        served.layer = layer_with(8)
+        assert served.get_mamba_state_copy_funcs({"gdn"}) == {"gdn": ("conv", "state", *["plain"] * 4)}
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [

@@ -13,6 +13,7 @@ Retires:  with the first vLLM that asks the layers themselves for both; none yet
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch
 _MAMBA_UTILS = "vllm.model_executor.layers.mamba.mamba_utils"
 _SLOTS = "gdn_plugin_replay"  # in additional_config: slots of a ring in this engine's pages
 _MARK = "_gdn_plugin_replay_pages"
+_OWN = 2  # states of the host's: conv and state; a class derived from one with room for a ring is asked for more
 
 State = tuple[tuple[int, ...], torch.dtype]
 
@@ -84,7 +86,7 @@ def make_room(vllm_config: Any, slots: int) -> bool:
         return False
     shape, dtype = model.get_mamba_state_shape_from_config, model.get_mamba_state_dtype_from_config
     plain_copy = importlib.import_module(_MAMBA_UTILS).get_temporal_copy_spec
-    copy_funcs = model.get_mamba_state_copy_funcs
+    copy_funcs = inspect.getattr_static(model, "get_mamba_state_copy_funcs")  # the host's is a classmethod
 
     def ring(vllm_config: Any) -> tuple[State, ...]:
         additional = vllm_config.additional_config
@@ -94,17 +96,17 @@ def make_room(vllm_config: Any, slots: int) -> bool:
         return ring_states(shape(vllm_config), dtype(vllm_config), vllm_config.model_config.dtype, slots)
 
     def shapes_with_ring(cls: type, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
-        return (*shape(vllm_config), *(size for size, _ in ring(vllm_config)))
+        return (*shape(vllm_config)[:_OWN], *(size for size, _ in ring(vllm_config)))
 
     def dtypes_with_ring(cls: type, vllm_config: Any) -> tuple[torch.dtype, ...]:
-        return (*dtype(vllm_config), *(of for _, of in ring(vllm_config)))
+        return (*dtype(vllm_config)[:_OWN], *(of for _, of in ring(vllm_config)))
 
     def copies_with_ring(self: Any, mamba_types: set[Any]) -> dict[Any, Any]:
         # Runners ask the model itself, not its class, whose configuration nobody tells.
         held = {layer.mamba_type for layer in self.modules() if getattr(layer, "gdn_replay_slots", 0)}
         return {
-            kind: (*funcs, *[plain_copy] * 4) if kind in held else funcs
-            for kind, funcs in copy_funcs(mamba_types).items()
+            kind: (*funcs[:_OWN], *[plain_copy] * 4) if kind in held else funcs
+            for kind, funcs in copy_funcs.__get__(self, type(self))(mamba_types).items()
         }
 
     model.get_mamba_state_shape_from_config = classmethod(shapes_with_ring)
