@@ -7,7 +7,7 @@ import torch
 
 from gdn_plugin.ops import cases
 from gdn_plugin.ops.cases import Heads
-from tests.support.checks import check
+from tests.support.checks import bits, check
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QWEN = Heads(4, 8, 128, 128)
@@ -239,6 +239,31 @@ def test_pool_past_int32_offsets(backend_function, backend, op, state_dtype):
     assert torch.isfinite(outs[0]).all()
     assert torch.equal(outs[0], outs[1]) and torch.equal(states[0].isnan(), states[1].isnan())
     assert torch.equal(states[0].nan_to_num(), states[1].nan_to_num())
+
+
+@pytest.mark.parametrize("op", ["replay_decode", "replay_verify", "replay_fold"])
+def test_pages_past_int32_offsets(backend_function, op):
+    """The same of pages that hold a ring: the last rows of every pool in them are past 2^31 of its elements."""
+    rows = 2**31 // (32 * 128 * 128) + 40
+    size = (3, 2, 1) if op == "replay_verify" else 3  # an empty ring, one with room, one that folds
+    page = {} if op == "replay_fold" else {"shared": True}
+    case = getattr(cases, f"{op}_case")(
+        size, Heads(4, 32, 128, 128), BF16, pool_rows=rows, device="cuda", **page
+    )  # fmt: skip
+    given = case.arguments(copy=False)
+    assert all(given[name].stride(0) * (rows - 3) > 2**31 for name in case.pools)
+    kept = {name: given[name][given["state_indices"].long()] for name in case.pools}
+    found = []
+    for last in (rows - 1, 39):
+        index = last - torch.arange(3, dtype=torch.int32, device="cuda")
+        for name, x in kept.items():
+            given[name][index.long()] = x
+        own = {name: torch.zeros(shape, dtype=dtype, device="cuda") for name, (shape, dtype) in case.outputs.items()}
+        backend_function("triton", op)(**given | own | {"state_indices": index})
+        found.append([*own.values(), *(given[name][index.long()] for name in case.pools)])
+    assert all(bool(torch.isfinite(x).all()) for x in found[0][: len(case.outputs)])
+    for x, y in zip(*found, strict=True):
+        assert torch.equal(bits(x), bits(y))
 
 
 @pytest.mark.parametrize("gate", ["silu", "sigmoid"])
