@@ -108,6 +108,7 @@ SPOILT: dict[str, tuple[tuple[int, ...], dict[str, tuple[float, ...]]]] = {
     ),
     "gated_norm": ((0, 4), {"x": (NAN, INF), "z": (NAN, INF), "weight": (NAN,)}),
 }
+FOLDS = (0, 1)  # sequences of replay: one whose ring goes on, one whose ring is folded
 POOLS = ("state", "conv_state", "ring_k", "ring_u", "ring_g")
 TABLE = [(op, name) for op, (_, arguments) in SPOILT.items() for name in arguments]
 
@@ -134,23 +135,26 @@ def build(site, op: str) -> cases.Case:  # noqa: F811
 
 
 def spoil(case: cases.Case, name: str, token: int, value: float) -> None:
-    """One element of a token; of a pool, of the row that the first sequence starts from."""
+    """One element of a token; of a pool, of the row that the first sequence starts from, with a ring the token's."""
     if name not in case.pools:
         x = case.args[name]
         x[(token, *(1 % n for n in x.shape[1:])) if name != "weight" else 1] = value
         return
     view, indices = case.pools[name].view, case.args["state_indices"]
-    row = int(indices[0] if indices.dim() == 1 else indices[0, int(case.args["num_accepted_tokens"][0]) - 1])
+    if case.op.startswith("replay_"):
+        row = int(indices[token])
+    else:
+        row = int(indices[0] if indices.dim() == 1 else indices[0, int(case.args["num_accepted_tokens"][0]) - 1])
     at = [1 % n for n in view.shape[1:]]
     if name.startswith("ring_"):
-        at[0] = 2  # of slots 1 to 3, which the first sequence's updates are in
+        at[0] = 2 + 3 * token  # of slots 1 to 3, which the first sequence's updates are in, or from 4 on
     view[(row, *at)] = value
 
 
 def test_spoilt(site, op, name, backend):  # noqa: F811
     tokens, arguments = SPOILT[op]
     for value in arguments[name]:
-        for token in tokens if name not in (*POOLS, "weight") else tokens[:1]:
+        for token in (FOLDS if op.startswith("replay_") else tokens[:1]) if name in (*POOLS, "weight") else tokens:
             case = build(site, op)
             spoil(case, name, token, value)
             got = case.arguments(zero_padding=True)
