@@ -384,7 +384,8 @@ def replay_decode(
     The outputs follow from S_0 and the updates without S_n (gdn_plugin.backends.triton.replay has the sums). A token
     reads the state once and writes k, u and g. Before a step for which the ring has no room, where n + 2 S > R, S_n is
     written to `state` and the ring starts anew; S is 1 here, or what conv_state has columns for, columns - W + 2, so
-    that replay_verify can follow.
+    that replay_verify can follow. Behind a replay_verify of which drafts were accepted, replay_verify goes on, of one
+    token too: it is told how many.
 
     Args:
         mixed_qkv, conv_weight, conv_bias, conv_state, a, b, A_log, dt_bias, z, norm_weight, norm_eps, gate, scale: as
@@ -472,5 +473,6 @@ def replay_fold(
             bits; its spans become zero.
         state_indices: [B] int32, any stride.
         has_initial_state: [B] bool; where False the ring is emptied and the state left alone. None: all True.
-        num_accepted_tokens: [B] int32, as in replay_verify; None: all 1.
+        num_accepted_tokens: [B] int32, as in replay_verify; None: all 1. conv_state is not this op's: behind accepted
+            drafts its history still begins at column num_accepted_tokens - 1, and the caller moves it to the first.
     """

@@ -293,6 +293,7 @@ def test_a_class_derived_from_one_that_has_room(model: type[FakeModel], monkeypa
         ({"kv_transfer_config": "nixl"}, "a KV connector"),
         ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "a pipeline stage"),
         ({"additional_config": "text"}, "additional_config is no dict"),
+        ({"model_config": SimpleNamespace(is_submodel_config=True)}, "the model is part of another one"),
     ],
 )
 def test_pages_that_cannot_hold_a_ring(model: type[FakeModel], changed: dict[str, Any], why: str) -> None:

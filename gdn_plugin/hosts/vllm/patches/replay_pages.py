@@ -59,6 +59,9 @@ def obstacle(vllm_config: Any) -> str | None:
         return "a pipeline stage without GDN layers would size its pages without a ring"
     if not isinstance(vllm_config.additional_config, dict):
         return "additional_config is no dict"
+    if getattr(vllm_config.model_config, "is_submodel_config", False):
+        # VllmConfig.with_hf_config copies: neither class nor configuration is the one that the host asks.
+        return "the model is part of another one, which sizes its pages without a ring"
     try:
         model = _model_class(vllm_config)
     except Exception as problem:  # the host's registry raises what it likes
