@@ -47,12 +47,20 @@ def _interpreted_only_on_request(platform: Platform, problem: Problem) -> str | 
     return None if platform.device == "cuda" else "the Triton interpreter is for tests, not for serving"
 
 
+def _short_ring(platform: Platform, problem: Problem) -> str | None:
+    """A step has its row's ring in registers: of 512 slots it compiles for most of a minute, of 2048 not at all."""
+    if problem.op == "replay_fold" or problem.ring <= 256:
+        return None
+    return f"needs a ring of at most 256 slots; got {problem.ring}"
+
+
 _TRITON_CHECKS: tuple[Check, ...] = (
     needs_package("triton"),
     _triton_device,
     needs_head_dims((64, 128, 256), (64, 128, 256)),
     needs_dtype("bfloat16", "float16", "float32"),
     needs_state_dtype("float32", "bfloat16", "float16"),
+    _short_ring,
 )
 
 

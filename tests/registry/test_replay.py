@@ -82,3 +82,13 @@ def test_what_takes_a_phase_s_place_follows_its_request_or_says_why_not(problem)
     assert select(CPU, problems, {"prefill": "cpu"}).backends() == dict.fromkeys(ops, "torch")
     with pytest.raises(NoBackendError, match="replay_decode"):
         select(CPU, problems, {"decode": "triton"})
+
+
+@pytest.mark.parametrize("op", ["replay_decode", "replay_verify"])
+def test_a_ring_that_no_kernel_can_hold_in_registers(op, problem):
+    """Longer ones than a host takes are for whoever calls the op; Triton would compile without end, or fail."""
+    assert select(GPU, {op: problem(op, ring=256)}).backends() == {op: "triton"}
+    assert select(GPU, {op: problem(op, ring=257)}).backends() == {op: "torch"}
+    assert select(GPU, {"replay_fold": problem("replay_fold", ring=257)}).backends() == {"replay_fold": "triton"}
+    with pytest.raises(NoBackendError, match="needs a ring of at most 256 slots; got 257"):
+        select(GPU, {op: problem(op, ring=257)}, dict.fromkeys(PHASES, "triton"))
