@@ -170,12 +170,11 @@ def test_an_image_has_replay_where_its_engines_will(tmp_path, monkeypatch):
     drafts = ["--backend", "triton", "--speculative", "3"]
     assert listed(tmp_path, monkeypatch, *drafts) == STEPS
     monkeypatch.setattr(replay, "PREFERENCES", (replay.Preference(8, "measured", "x", sms=(90,)), *rows))
-    # With drafts and the prefix cache engines serve without; no engine without drafts does.
-    assert listed(tmp_path, monkeypatch, *drafts) == STEPS | RINGS
+    assert listed(tmp_path, monkeypatch, *drafts) == RINGS
     assert listed(tmp_path, monkeypatch, "--backend", "triton") == {("replay_decode", 8)}
     monkeypatch.setattr(replay, "PREFERENCES", rows)
     monkeypatch.setenv("GDN_PLUGIN_REPLAY", "8")
-    assert listed(tmp_path, monkeypatch, *drafts) == STEPS | RINGS
+    assert listed(tmp_path, monkeypatch, *drafts) == RINGS
     assert not listed(tmp_path, monkeypatch, "--backend", "flashinfer") & RINGS
     monkeypatch.setenv("GDN_PLUGIN_REPLAY", "65")
     assert not listed(tmp_path, monkeypatch)

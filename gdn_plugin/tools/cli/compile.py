@@ -136,8 +136,7 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
     return [
         Shape(
             **layer, spec_tokens=tokens, checkpoints=checkpoints, bias_dtype=bias, null_index=0, padding="scratch",
-            # Drafts beside the prefix cache are served without, see hosts.vllm.patches.replay_pages.
-            replay=0 if tokens and checkpoints else slots[tokens],
+            replay=slots[tokens],
         )
         for bias in dict.fromkeys((layer["dtype"], "float32"))  # of dt_bias: models keep it in either
         for tokens in drafts
