@@ -46,6 +46,7 @@ def state() -> str:
 def _register() -> None:
     from gdn_plugin import settings
     from gdn_plugin.hosts.vllm import compat
+    from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
 
     if _wants_out(settings):
         _stand_down("GDN_PLUGIN_DISABLE=1")
@@ -54,11 +55,17 @@ def _register() -> None:
     if not fits:
         _stand_down(why)
         return
-    if compat.LAYER_MODULE in sys.modules:
-        _attach()
-        return
     _set_state("waiting")
-    sys.meta_path.insert(0, _AfterImport(compat.LAYER_MODULE, _attach_or_stand_down))
+    _when_imported(drafts_within_blocks.MODULE, drafts_within_blocks.keep_within)
+    _when_imported(compat.LAYER_MODULE, _attach_or_stand_down)
+
+
+def _when_imported(module: str, callback: Callable[[], object]) -> None:
+    """Now where the host has imported it, else right after it does."""
+    if module in sys.modules:
+        callback()
+    else:
+        sys.meta_path.insert(0, _AfterImport(module, callback))
 
 
 def _wants_out(settings: ModuleType) -> bool:
@@ -104,7 +111,7 @@ def _set_state(value: str) -> None:
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Calls back once, right after a module has been executed. Finds nothing itself."""
 
-    def __init__(self, module: str, callback: Callable[[], None]) -> None:
+    def __init__(self, module: str, callback: Callable[[], object]) -> None:
         self._module = module
         self._callback = callback
 

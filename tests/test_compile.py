@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gdn_plugin.registry import OPS, Platform
+from gdn_plugin.ops import ahead
+from gdn_plugin.registry import OPS, Platform, replay
 from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli import main
 from gdn_plugin.tools.cli.compile import caches
@@ -88,6 +89,7 @@ def test_unknown_architectures_are_refused(capsys):
 # What an engine's start-up does with a cache: every variant as `warm_up` compiles it, on a device that is a stand-in.
 START = """
 import json, sys
+import torch
 from triton import knobs
 from gdn_plugin.ops.dispatch import backend_op, warm
 from gdn_plugin.registry import Platform
@@ -98,21 +100,24 @@ from tests.support.triton_device import stand_in
 
 built = []
 knobs.compilation.listener = lambda *, src, cache_hit, **_: cache_hit or built.append(src.name)
-problems = Shape(**layer_of_model(sys.argv[1]), bias_dtype="bfloat16", null_index=0, padding="scratch").problems()
+layer, ops, facts = layer_of_model(sys.argv[1]), sys.argv[2].split(), json.loads(sys.argv[3])
+problems = Shape(**layer, bias_dtype="bfloat16", null_index=0, padding="scratch", **facts).problems()
+page = torch.empty_strided((9, 4, 64, 64), (40960, 4096, 64, 1), dtype=torch.bfloat16, device="meta")
 with stand_in(90) as loads:
-    for op in ("fused_decode", "gated_norm"):
-        warm(backend_op(op, "triton"), Platform.simulated("sm_90"), problems[op])
+    for op in ops:
+        for pool in (None, page):  # first of no pool, then of the host's pages, whose states are further apart
+            warm(backend_op(op, "triton"), Platform.simulated("sm_90"), problems[op], pool)
 print(json.dumps({"built": built, "held": compile_count(), "loaded": len(loads)}))
 """
 SIZES = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
          "linear_conv_kernel_dim": 4, "dtype": "bfloat16"}  # fmt: skip
 
 
-def start(folder, cache):
+def start(folder, cache, ops, facts):
     # All else as the compiling processes had it: a variable that names another ptxas is part of Triton's key.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= caches(cache) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", START, str(folder)]
+    command = [sys.executable, "-c", START, str(folder), " ".join(ops), json.dumps(facts)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -120,18 +125,59 @@ def start(folder, cache):
 
 @needs_triton
 @pytest.mark.slow
-def test_an_image_with_a_filled_cache_compiles_nothing(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("ring", "facts", "ops", "compiled", "held"),
+    [
+        ("0", {}, ("gated_norm", "fused_decode"), 14, 8),
+        ("8", {"replay": 16, "spec_tokens": 4}, ("replay_fold", "replay_verify"), 16, 8),
+    ],
+    ids=["plain", "replay"],
+)
+def test_an_image_with_a_filled_cache_compiles_nothing(tmp_path, monkeypatch, capsys, ring, facts, ops, compiled, held):
     for name in caches(tmp_path):
         monkeypatch.setenv(name, "")  # put back afterwards: the command sets them
+    monkeypatch.setenv("GDN_PLUGIN_REPLAY", ring)
     (tmp_path / "config.json").write_text(json.dumps(SIZES))
     cache = tmp_path / "cache"
-    ops = ["--backend", "triton", "--op", "fused_decode", "--op", "gated_norm"]
-    assert main(["compile", "--sm", "90", "--model", str(tmp_path), "--cache", str(cache), *ops]) == 0
+    asked = ["--backend", "triton", *itertools.chain.from_iterable(("--op", op) for op in ops)]
+    asked += ["--speculative", "3"] if facts else []
+    assert main(["compile", "--sm", "90", "--model", str(tmp_path), "--cache", str(cache), *asked]) == 0
     shown = capsys.readouterr().out
-    assert f"TRITON_CACHE_DIR={cache / 'triton'}" in shown and "14 of 14 compiled" in shown
-    found = start(tmp_path, cache)
-    assert found == {"built": [], "held": 8, "loaded": 8}
-    assert len(start(tmp_path, tmp_path / "other")["built"]) == 8, "or the test above sees nothing"
+    assert f"TRITON_CACHE_DIR={cache / 'triton'}" in shown and f"{compiled} of {compiled} compiled" in shown
+    assert start(tmp_path, cache, ops, facts) == {"built": [], "held": held, "loaded": held}
+    assert start(tmp_path, tmp_path / "other", ops[:1], facts)["built"], "or the line above sees nothing"
+
+
+def listed(folder, monkeypatch, *arguments):
+    """(op, slots of its ring) of the steps that engines have compiled, of heads that every backend takes."""
+    for name in caches(folder):
+        monkeypatch.setenv(name, "")
+    sizes = SIZES | {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    choices = []
+    monkeypatch.setattr(ahead, "jobs_of", lambda reached, platform: choices.extend(reached) or [])
+    monkeypatch.setattr(compilation, "compile_jobs", lambda *_: iter(()))
+    main(["compile", "--sm", "90", "--model", str(folder), "--cache", str(folder), *arguments])
+    return {(one.problem.op, one.problem.ring) for one in choices if one.problem.phase != "prefill"}
+
+
+STEPS = {("fused_decode", 0), ("fused_verify", 0)}
+RINGS = {("replay_decode", 8), ("replay_decode", 16), ("replay_verify", 16)}  # 16: four steps of three drafts
+
+
+def test_an_image_has_replay_where_its_engines_will(tmp_path, monkeypatch):
+    rows = replay.PREFERENCES
+    drafts = ["--backend", "triton", "--speculative", "3"]
+    assert listed(tmp_path, monkeypatch, *drafts) == STEPS
+    monkeypatch.setattr(replay, "PREFERENCES", (replay.Preference(8, "measured", "x", sms=(90,)), *rows))
+    assert listed(tmp_path, monkeypatch, *drafts) == RINGS
+    assert listed(tmp_path, monkeypatch, "--backend", "triton") == {("replay_decode", 8)}
+    monkeypatch.setattr(replay, "PREFERENCES", rows)
+    monkeypatch.setenv("GDN_PLUGIN_REPLAY", "8")
+    assert listed(tmp_path, monkeypatch, *drafts) == RINGS
+    assert not listed(tmp_path, monkeypatch, "--backend", "flashinfer") & RINGS
+    monkeypatch.setenv("GDN_PLUGIN_REPLAY", "65")
+    assert not listed(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(

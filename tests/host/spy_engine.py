@@ -1,4 +1,4 @@
-"""`run_engine` with a witness inside: which kinds of batches ran, kernels compiled late, what torch.compile did.
+"""`run_engine` with a witness inside: kinds of batches, moved states, kernels compiled late, what torch.compile did.
 
 Run as a script in place of examples/run_engine.py; the engine core must be in this process.
 """
@@ -26,12 +26,15 @@ def main() -> None:
     from gdn_plugin import ops
     from gdn_plugin.hosts import core
     from gdn_plugin.hosts.vllm import layer
+    from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
+    from gdn_plugin.hosts.vllm.patches.align_copies_on_cpu import _State
 
     job_file, result_file = sys.argv[1:]
     seen: collections.Counter[str] = collections.Counter()
     compiled: list[int] = []
     run, preempt = core.Core.run, Scheduler._preempt_request
-    metadata_of = layer.GdnPluginAttention._metadata
+    metadata_of, move = layer.GdnPluginAttention._metadata, _State.copy
+    trimmed = drafts_within_blocks.trimmed
 
     def watched(self: Any, batch: Any, *args: Any) -> None:
         if serving["now"]:
@@ -47,6 +50,15 @@ def main() -> None:
         seen["preempted"] += 1
         preempt(self, *args, **kwargs)
 
+    def moved(self: Any, table: int, source: int, target: int, bias: int) -> None:
+        seen["moved from behind drafts" if bias else "moved"] += 1
+        move(self, table, source, target, bias)
+
+    def cut(count: int, *args: int) -> int:
+        left = trimmed(count, *args)
+        seen["steps with drafts cut"] += left < count
+        return left
+
     def noticed(self: Any) -> Any:
         metadata = metadata_of(self)
         serving["now"] = metadata is not None
@@ -55,6 +67,8 @@ def main() -> None:
     serving = {"now": False}
     core.Core.run = watched  # type: ignore[method-assign]
     Scheduler._preempt_request = preempted  # type: ignore[method-assign]
+    drafts_within_blocks.trimmed = cut
+    _State.copy = moved  # type: ignore[method-assign]
     layer.GdnPluginAttention._metadata = noticed  # type: ignore[method-assign]
     result = run_engine.run_job(json.loads(Path(job_file).read_text()))
     result["seen"] = dict(seen)

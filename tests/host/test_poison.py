@@ -23,7 +23,7 @@ MATRIX = [
     ("ngram", 4, True, "torch"),
     ("mtp", 2, True, "auto"),
     ("mtp", 3, False, "torch"),
-    ("mtp", 2, False, "replay"),
+    ("mtp", 2, True, "replay"),
     ("no drafts", 0, True, "replay"),
 ]
 REST = [
@@ -32,7 +32,6 @@ REST = [
     for drafts in (1, 2, 3, 4)
     for cache in (False, True)
     for verify in ("auto", "torch", "replay")
-    if not (cache and verify == "replay")  # served without, see tests/host/test_replay.py
     if (method, drafts, cache, verify) not in MATRIX
 ]
 

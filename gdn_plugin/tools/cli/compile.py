@@ -10,7 +10,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gdn_plugin.registry import DTYPES, OPS, PHASES
+from gdn_plugin.registry import DTYPES, OPS, PHASES, Platform, decide, replay_request
+from gdn_plugin.settings import SettingsError
 from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli.problem import heads, pair
 from gdn_plugin.tools.cli.values import BadArguments, as_json, count, folder
@@ -115,7 +116,10 @@ def _tell(folder: Path) -> None:
 
 
 def _shapes(args: argparse.Namespace) -> list[Any]:
-    """The layer as an engine has it: with prefix cache or drafts and without, dt_bias in either dtype."""
+    """The layer as an engine has it: with prefix cache or drafts and without, dt_bias in either dtype.
+
+    With replay where GDN_PLUGIN_REPLAY, or auto, has it on for engines on such a GPU.
+    """
     if args.model is None:
         return []
     from gdn_plugin.hosts.core import Shape
@@ -128,12 +132,28 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
             raise BadArguments(f"--tp {args.tp}: {layer[name]} heads do not divide by it")
         layer[name] //= args.tp
     drafts = (0, args.speculative + 1) if args.speculative else (0,)
+    slots = {tokens: _ring(args, layer["state_dtype"], tokens) for tokens in drafts}
     return [
-        Shape(**layer, spec_tokens=tokens, checkpoints=checkpoints, bias_dtype=bias, null_index=0, padding="scratch")
+        Shape(
+            **layer, spec_tokens=tokens, checkpoints=checkpoints, bias_dtype=bias, null_index=0, padding="scratch",
+            replay=slots[tokens],
+        )
         for bias in dict.fromkeys((layer["dtype"], "float32"))  # of dt_bias: models keep it in either
         for tokens in drafts
         for checkpoints in (False, True)
-    ]
+    ]  # fmt: skip
+
+
+def _ring(args: argparse.Namespace, state_dtype: str, spec_tokens: int) -> int:
+    """Slots of a row's ring in an engine, 0 without replay. On a CPU replay is torch's, which compiles nothing."""
+    if args.backend == "cpu":
+        return 0
+    try:
+        request = replay_request()
+    except SettingsError as exc:
+        raise BadArguments(str(exc)) from exc
+    asked = dict.fromkeys(PHASES, args.backend or "auto")
+    return decide(Platform.simulated(f"sm_{args.sm}"), request, state_dtype, spec_tokens, backends=asked).slots
 
 
 def _engine_rows(args: argparse.Namespace, shapes: Sequence[Any]) -> Iterator[Row]:
@@ -141,7 +161,7 @@ def _engine_rows(args: argparse.Namespace, shapes: Sequence[Any]) -> Iterator[Ro
     import torch
 
     from gdn_plugin.ops import ahead
-    from gdn_plugin.registry import Platform, select
+    from gdn_plugin.registry import select
     from gdn_plugin.registry.probe import installed_packages
 
     usual = Platform.simulated(f"sm_{args.sm}", sm_count=args.sm_count)

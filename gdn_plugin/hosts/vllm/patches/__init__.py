@@ -3,6 +3,7 @@
 # File: (what it is for, when it is applied).
 PATCHES = {
     "align_copies_on_cpu": ("prefix cache with drafts on a CPU", "when a layer is built in align mode with drafts"),
+    "drafts_within_blocks": ("a ring holds all drafts in one row", "by the entry point; acts with replay and drafts"),
     "freed_memory": ("page faults on a CPU", "in the profile run"),
     "fresh_speculative_rows": ("a short prompt must not see another user's state", "when a layer is built with drafts"),
     "replay_pages": ("a page has room for the ring of its row", "when a layer is built with replay on"),

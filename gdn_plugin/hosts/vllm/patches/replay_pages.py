@@ -51,8 +51,6 @@ def obstacle(vllm_config: Any) -> str | None:
     cache = vllm_config.cache_config
     if cache.mamba_cache_mode not in ("none", "align"):
         return f"mamba_cache_mode is {cache.mamba_cache_mode!r}, replay knows 'none' and 'align'"
-    if cache.mamba_cache_mode == "align" and vllm_config.speculative_config is not None:
-        return "with the prefix cache and drafts the host takes the state of an accepted draft from a row of its own"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector reads pages as conv and state"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
