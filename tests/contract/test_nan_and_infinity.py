@@ -6,6 +6,8 @@ sequences or other heads. Which of NaN and the infinities it has become is left 
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -151,27 +153,41 @@ def spoil(case: cases.Case, name: str, token: int, value: float) -> None:
     view[(row, *at)] = value
 
 
-def test_spoilt(site, op, name, backend):  # noqa: F811
+def spoilt(site, op: str, name: str) -> list[tuple[int, float]]:  # noqa: F811
+    """The pairs of token and value that an argument is tried with.
+
+    All of them; where a call takes seconds, every token and every value, and of one op's arguments the next begins with
+    another value, so that a place in the sequence meets NaN as well as an infinity.
+    """
     tokens, arguments = SPOILT[op]
-    for value in arguments[name]:
-        for token in (FOLDS if op.startswith("replay_") else tokens[:1]) if name in (*POOLS, "weight") else tokens:
-            case = build(site, op)
-            spoil(case, name, token, value)
-            got = case.arguments(zero_padding=True)
-            public(op, backend)(**got)
-            assert case.trespass(got) is None
-            truth = run_reference(case)
-            want = case.results(truth.outputs | truth.pools)
-            for result, x in case.results(got).items():
-                if result == "ring_span":
-                    assert torch.equal(x.cpu(), want[result])
-                    continue
-                x, y, where = x.cpu(), want[result], f"{name}[{token}] = {value}: {result}"
-                fine = torch.isfinite(y)
-                wrong = torch.isfinite(x) != fine
-                assert not wrong.any(), f"{where}: {int(wrong.sum())} elements of {x.numel()} are not as they must be"
-                column = precision(op, backend, site.io, site.device)
-                assert_close(where, x[fine], y[fine], tolerance(op, site.io, x.dtype, column))
+    if name in (*POOLS, "weight"):
+        tokens = FOLDS if op.startswith("replay_") else tokens[:1]
+    values = arguments[name]
+    if not site.slow:
+        return list(itertools.product(tokens, values))
+    first = list(arguments).index(name)
+    return [(tokens[i % len(tokens)], values[(first + i) % len(values)]) for i in range(max(len(tokens), len(values)))]
+
+
+def test_spoilt(site, op, name, backend):  # noqa: F811
+    for token, value in spoilt(site, op, name):
+        case = build(site, op)
+        spoil(case, name, token, value)
+        got = case.arguments(zero_padding=True)
+        public(op, backend)(**got)
+        assert case.trespass(got) is None
+        truth = run_reference(case)
+        want = case.results(truth.outputs | truth.pools)
+        for result, x in case.results(got).items():
+            if result == "ring_span":
+                assert torch.equal(x.cpu(), want[result])
+                continue
+            x, y, where = x.cpu(), want[result], f"{name}[{token}] = {value}: {result}"
+            fine = torch.isfinite(y)
+            wrong = torch.isfinite(x) != fine
+            assert not wrong.any(), f"{where}: {int(wrong.sum())} elements of {x.numel()} are not as they must be"
+            column = precision(op, backend, site.io, site.device)
+            assert_close(where, x[fine], y[fine], tolerance(op, site.io, x.dtype, column))
 
 
 @pytest.mark.parametrize("value", [NAN, INF])

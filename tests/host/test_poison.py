@@ -16,8 +16,8 @@ BLOCK = 256  # tokens, of the prefix cache in fp32
 CACHED = tokens(BLOCK + 1, 11)  # all but its last token may come from the cache
 COMPANY = [[3] * 40, [9] * 20, tokens(60, 12), repeated(50, 7, 13)]
 PROMPTS = [[7], [7, 8], [7, 8, 9], [42], [5, 5]]
-# The numbers of drafts that a step may bring to a fresh row are all in tests/host/test_core.py. On a CPU auto verifies
-# in parts; torch has the fused op.
+# (method, drafts, prefix cache, verify). The numbers of drafts that a step may bring to a fresh row are all in
+# tests/host/test_core.py. On a CPU auto verifies in parts; torch has the fused op.
 MATRIX = [
     ("ngram", 1, False, "auto"),
     ("ngram", 4, True, "torch"),
@@ -26,13 +26,16 @@ MATRIX = [
     ("mtp", 2, True, "replay"),
     ("no drafts", 0, True, "replay"),
 ]
+# An engine is half a minute, so not every row: with MATRIX, every method with every verify, with the cache and without;
+# every number of drafts with every verify, with each method, with the cache and without.
 REST = [
-    (method, drafts, cache, verify)
-    for method in ("ngram", "mtp")
-    for drafts in (1, 2, 3, 4)
-    for cache in (False, True)
-    for verify in ("auto", "torch", "replay")
-    if (method, drafts, cache, verify) not in MATRIX
+    ("mtp", 1, True, "torch"),
+    ("ngram", 1, False, "replay"),
+    ("ngram", 2, False, "torch"),
+    ("ngram", 3, True, "auto"),
+    ("ngram", 3, True, "replay"),
+    ("mtp", 4, False, "auto"),
+    ("mtp", 4, False, "replay"),
 ]
 
 

@@ -40,3 +40,25 @@ else:
             return interpreter.TensorHandle(data, dst_type.scalar)
 
         monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", cast_impl)
+
+    @pytest.fixture(autouse=True)
+    def language_made_ready_once(monkeypatch: pytest.MonkeyPatch) -> None:
+        """The interpreter goes through all of triton.language at every call of a device function, a third of a test's
+        time. A launch needs that once for the functions of a module."""
+        from triton.runtime import interpreter
+
+        ready: set[int] = set()
+        run = interpreter.InterpretedFunction.run
+
+        def launched(self, *args, **kwargs):
+            ready.clear()
+            return run(self, *args, **kwargs)
+
+        def called(self, *args, **kwargs):
+            if id(self.fn.__globals__) not in ready:
+                ready.add(id(self.fn.__globals__))
+                interpreter._patch_lang(self.fn)
+            return self.rewrite()(*args, **kwargs)
+
+        monkeypatch.setattr(interpreter.InterpretedFunction, "run", launched)
+        monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", called)
