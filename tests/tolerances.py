@@ -42,6 +42,9 @@ COMPUTE: dict[str, dict[torch.dtype, tuple[float, float]]] = {
     "replay_fold": {torch.float32: (1e-5, 1e-5), torch.float16: (1e-3, 5e-3), torch.bfloat16: (5e-3, 2e-2)},
 }
 
+# These make q, k and v themselves.
+ROUNDED_INSIDE = ("fused_decode", "fused_verify", "replay_decode", "replay_verify")
+
 # Compiled against eager runs the same ops on the same values: only fusion of the surrounding arithmetic may differ.
 COMPILED = {
     torch.float32: Tolerance(1e-5, 1e-5),
@@ -55,5 +58,7 @@ def tolerance(op: str, io_dtype: torch.dtype, result_dtype: torch.dtype, precisi
     compute = COMPUTE[op][io_dtype][0 if precision == "fp32" else 1]
     # With io operands each term of a product carries its operands' rounding, and an element that one term makes (a
     # state that has forgotten all but the newest token, say) has that relative error however large it is.
-    rounding = ROUNDING[result_dtype] if precision == "fp32" else max(ROUNDING[result_dtype], ROUNDING[io_dtype])
+    # So it has where q, k and v are rounded inside the op: beside a tie the odd one falls the other way.
+    exact = precision == "fp32" and op not in ROUNDED_INSIDE
+    rounding = ROUNDING[result_dtype] if exact else max(ROUNDING[result_dtype], ROUNDING[io_dtype])
     return Tolerance(rtol=max(rounding, 1e-5), atol=compute + ROUNDING[result_dtype] / 4)

@@ -29,8 +29,12 @@ def captured_equals_eager(op: str, backend: str, batch: int = 3) -> None:
     fixed = {name: x for name, x in case.arguments().items() if name in OPS[op].names}
     moving = [name for name, x in fixed.items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
     pools = {name: fixed[name] for name in case.pools}
+    # Counts of the rows that these row numbers name, which a step moves on.
+    counts = {name: x.clone() for name, x in pools.items() if name not in moving}
 
     def load(seed: int) -> None:
+        for name, x in counts.items():
+            pools[name].copy_(x)
         fresh = make(op, batch, seed).arguments()
         for name in moving:
             fixed[name].copy_(fresh[name].nan_to_num() if name in pools else fresh[name])

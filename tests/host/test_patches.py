@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdn_plugin.hosts.vllm import compat, patches
 from gdn_plugin.hosts.vllm.metadata import translate
-from gdn_plugin.hosts.vllm.patches import drafts_within_blocks, fresh_speculative_rows, replay_pages
+from gdn_plugin.hosts.vllm.patches import drafts_within_blocks, fresh_speculative_rows, replay_pages, unused_kernels
 from gdn_plugin.hosts.vllm.patches.drafts_within_blocks import trimmed
 from gdn_plugin.hosts.vllm.patches.fresh_speculative_rows import has_initial_state, tell_fresh_rows
 
@@ -367,3 +367,43 @@ def test_drafts_end_before_a_block_where_its_row_has_a_ring(monkeypatch: pytest.
     assert [sized(ring, at, in_flight=4) for at in range(10, 20)] == [4, 4, 3, 2, 1, 1, 1, 1, 1, 4]
     for other in (Scheduler(2), Scheduler(6, drafts=0)):
         assert [sized(other, at) for at in range(10, 18)] == [4] * 8
+
+
+SERVED = SimpleNamespace(A_log=0, _gdn_core=object(), _gdn_packed=True)
+HOSTS_NORM = SimpleNamespace(A_log=0, _gdn_core=object(), _gdn_packed=False)
+LEFT_TO_HOST = SimpleNamespace(A_log=0, _gdn_core=None, _gdn_packed=False)
+STOCK = SimpleNamespace(A_log=0)
+ATTENTION = SimpleNamespace()
+
+
+@pytest.mark.parametrize(
+    ("layers", "wanted"),
+    [
+        ([SERVED, ATTENTION], False),
+        ([SERVED, HOSTS_NORM], True),
+        ([SERVED, LEFT_TO_HOST], True),
+        ([SERVED, STOCK], True),
+        ([ATTENTION], False),
+    ],
+)
+def test_the_hosts_kernels_are_warmed_up_where_they_are_used(
+    monkeypatch: pytest.MonkeyPatch, layers: list[Any], wanted: bool
+) -> None:
+    called: list[tuple[Any, Any]] = []
+    host = SimpleNamespace(qwen_triton_warmup=lambda runner, model_config: called.append((runner, model_config)))
+    monkeypatch.setattr(unused_kernels.importlib, "import_module", lambda name: host)
+    assert unused_kernels.leave_out() and not unused_kernels.leave_out()
+    context = {str(i): layer for i, layer in enumerate(layers)}
+    runner = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
+    host.qwen_triton_warmup(runner, "model")
+    assert called == ([(runner, "model")] if wanted else [])
+
+
+@needs_vllm
+def test_the_hosts_warm_up_is_called_by_that_name() -> None:
+    """Read, not imported: the module is a GPU worker's."""
+    root = compat.installed_root()
+    assert root is not None
+    source = (root / "model_executor" / "warmup" / "kernel_warmup.py").read_text(encoding="utf-8")
+    assert unused_kernels.MODULE == "vllm.model_executor.warmup.kernel_warmup"
+    assert re.search(r"^    qwen_triton_warmup\(worker\.model_runner, ", source, re.MULTILINE)

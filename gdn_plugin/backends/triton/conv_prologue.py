@@ -259,25 +259,26 @@ class PrologueConfig:
         return self.runs * self.run_length
 
 
-# (for short sequences, for long ones), by the io dtype. Chosen by what they compile to at K = V = 128 in bf16 (sm_90a,
-# triton 3.6 and 3.9, 2026-11-27; not run): loads and stores of 16 bytes (short: 8), and, an element, in blocks of four
-# steps, 24 instructions for q and k and 18 for v. The kernel before had 44 and 37, blocks of one step and loads of 8
-# bytes: 323 us in an H100's layer at 16384 tokens of Hk 16, Hv 32, where its bytes take 179 and its instructions 184.
-# On sm_90 96 registers, five programs a multiprocessor, spill nothing, and triton 3.6 would take 128; on sm_100 ptxas
-# stops at 96 by itself and spills.
+# (for short sequences, for long ones), by the io dtype. H100 80GB, torch 2.11, triton 3.6, 2026-11-27, K = V = 128,
+# bf16, Hk 16, Hv 32, runs x run_length/warps with as many steps as MAX_STEPS, us:
+#               8x2048  1x2048  8x1024  1x256  64x4
+#     2x4/1        204    29.8     105    6.8  13.3
+#     4x4/2        205    32.2     106    6.8    20
+#     8x4/4        211    31.9     110    6.7
+#     1x4/1        211    33.2     110    6.4  11.2
+# 8x2048 moves 544 MB, which a copy does in 182 us at 3.0 TB/s. A cap of 96 or 128 registers changes nothing there; 64
+# spill. On sm_100 ptxas stops at 96 by itself and spills, hence the rows (compiled, not run).
 _SHORT = PrologueConfig(runs=1, run_length=4, num_warps=1)
-_LONG = PrologueConfig(runs=8, run_length=4, num_warps=4)
+_LONG = PrologueConfig(runs=2, run_length=4, num_warps=1)
 CONFIGS: Table[tuple[PrologueConfig, PrologueConfig]] = Table(
     {
         (0, 0, 0, ""): (_SHORT, _LONG),
-        (90, 128, 128, "bfloat16"): (_SHORT, replace(_LONG, registers=96)),
-        (90, 128, 128, "float16"): (_SHORT, replace(_LONG, registers=96)),
         (100, 0, 0, ""): (_SHORT, replace(_LONG, registers=168)),
         (100, 128, 128, ""): (_SHORT, replace(_LONG, registers=128)),
     }
 )
-MAX_STEPS = 4
-PROGRAMS = 2000  # three waves: five programs on each of an H100's 132 multiprocessors
+MAX_STEPS = 8
+PROGRAMS = 2000  # of one warp: half a wave of an H100's 132 multiprocessors
 
 
 def choose_config(
@@ -285,7 +286,7 @@ def choose_config(
 ) -> PrologueConfig:  # fmt: skip
     """By the mean length, since lengths are on the device: short steps where a long one would be mostly empty."""
     short, long = CONFIGS.lookup(sm, head_k_dim, head_v_dim, dtype)
-    return short if num_tokens < long.step * max(num_sequences, 1) // 2 else long
+    return short if num_tokens <= long.step * max(num_sequences, 1) // 2 else long
 
 
 def choose_steps(config: PrologueConfig, num_tokens: int, num_sequences: int, slots: int, width: int) -> int:

@@ -279,9 +279,21 @@ def fused_verify_kernel(
         store_history(p_conv_state, p_x, o_xk, c_k, old_k, length, stride_x, stride_cs_c, stride_cs_w, W, ROWS)
 
 
-# The tiles of fused_decode, which repeats the convolution of q and k for every tile in the same way; its file has the
-# times. These are not timed: compiled for sm_90a and sm_100a, not run on a GPU.
-TILES = Tiles({(0, 0, 0, ""): (Tile(2048, 4), Tile(4096, 2))})
+# H100 80GB, torch 2.11, triton 3.6, 2026-11-27, norm inside, K = V = 128, bf16 io, elements/warps, us at Hk 16, Hv 32,
+# sequences x tokens:
+#     bf16 state  1x4   8x4  64x2  64x4  128x6      fp32 state  8x4  64x4
+#     4096/4      9.1    27   130   190    501                   48   299
+#     4096/2     10.0    26   126   182    473                   42   271
+#     8192/2     12.1    21   101   151    398                   41   266
+#     16384/4      13    21         155    410                   41   264
+# Smaller tiles are slower by as much as they repeat the convolution of q and k. Other GPUs and dims take the rows of
+# fused_decode, untimed.
+TILES = Tiles(
+    {
+        (0, 0, 0, ""): (Tile(4096, 4), Tile(4096, 2)),
+        (90, 128, 128, ""): (Tile(4096, 4), Tile(8192, 2)),
+    }
+)
 
 
 def run(

@@ -33,7 +33,7 @@ At B = 256, L = 1, Hk 16, Hv 32, K = V = 128, R = 16 and 2 bytes everywhere, n =
 folds) + 13 = 326 MB, 97 us at 3.35 TB/s, where fused_decode moves 550 MB, 164 us. The ring's k is asked for by every
 program of its group, Hv/Hk * V/BV of them, from L1 or L2 all but once: 4 KB at n = 8 beside the 8 KB of a program's own
 anchor at BV = 32. Operations: 4 an anchor element and token, and 4 (K + BV) an update and program; at BV = 32, n = 8 a
-third of the anchor's.
+third of the anchor's. Measured, instructions bind it and not bytes: 230 us there (see TILES).
 """
 
 from __future__ import annotations
@@ -322,10 +322,29 @@ def replay_fold_kernel(
         tl.store(p_span + 1, 0)
 
 
-# The tiles of fused_decode, whose state these read, with more threads for the ring: registers of replay_decode and
-# replay_verify for sm_90a, K = V = 128, bf16 io, fp32 state: 2048/4 147 and 199, 4096/4 168 and 233, 4096/8 spills.
-# At K = 64 four warps spill. Not timed: compiled for sm_90a and sm_100a, not run on a GPU.
-TILES = Tiles({(0, 64, 0, ""): (Tile(1024, 2), Tile(2048, 2)), (0, 0, 0, ""): (Tile(2048, 4), Tile(4096, 4))})
+# H100 80GB, torch 2.11, triton 3.6, 2026-11-27, norm inside, a ring of 16, K = V = 128, bf16 io, elements/warps, us at
+# Hk 16, Hv 32 with folds as they come, and beside them what fused_decode and fused_verify take:
+#                 replay_decode B = 8  B = 64  B = 256      replay_verify 8x4  64x4 (none accepted)
+#     fp32 state, 4096/2         15.6      99      370                     34       232
+#                 8192/2         11.7      76      267                     31       201
+#                 16384/4        12.3      83      293                     39       282
+#                 fused          11.6     105      389                     41       265
+#     bf16 state, 4096/2           16     100      378                     33       226
+#                 8192/2         10.5      65      230                     28       186
+#                 16384/4        10.6      72      254                     30       206
+#                 fused           8.1      62      231                     21       151
+# Instructions bind it and not bytes: whatever the tile, time follows how often a program repeats the convolution and
+# the products with the ring. Tried and not better: a program that walks a whole head in steps (233 to 283 at B = 256
+# with a bf16 state), and all of a step's products with the state as one matrix product (225 there, 458 with an fp32
+# state; 165 at 64x4, 224). 8192/2 spills 8 to 370 bytes (triton 3.9) and is the fastest nonetheless. At K = 64 four
+# warps spill. Other GPUs and dims: compiled for sm_90a and sm_100a, untimed.
+TILES = Tiles(
+    {
+        (0, 64, 0, ""): (Tile(1024, 2), Tile(2048, 2)),
+        (0, 0, 0, ""): (Tile(2048, 4), Tile(4096, 4)),
+        (90, 128, 128, ""): (Tile(2048, 4), Tile(8192, 2)),
+    }
+)
 
 
 def run(

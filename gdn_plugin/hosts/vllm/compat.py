@@ -192,6 +192,12 @@ NEEDS: tuple[Need, ...] = (
         "fresh speculative rows: what has been computed",
         fields=("query_start_loc_cpu", "seq_lens_cpu_upper_bound"),
     ),
+    Need(
+        "vllm.model_executor.warmup.qwen_triton_warmup",
+        "qwen_triton_warmup",
+        "patched: the warm-up of kernels that the layer replaces",
+        parameters=("runner", "model_config"),
+    ),
     Need("vllm.v1.attention.backends.utils", "NULL_BLOCK_ID", "padding rows name this block", value=0),
     Need("vllm.forward_context", "get_forward_context", "where a layer finds its metadata"),
     Need("vllm.forward_context", "ForwardContext", "where a layer finds its metadata", fields=("attn_metadata",)),

@@ -30,7 +30,13 @@ from gdn_plugin import __version__
 from gdn_plugin.hosts.batch import CHECKPOINT_ALIGNMENT
 from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Ring, Shape, log_once, resolve
 from gdn_plugin.hosts.vllm.metadata import NULL_INDEX, PADDING, batch_of
-from gdn_plugin.hosts.vllm.patches import align_copies_on_cpu, fresh_speculative_rows, replay_pages, saved_models
+from gdn_plugin.hosts.vllm.patches import (
+    align_copies_on_cpu,
+    fresh_speculative_rows,
+    replay_pages,
+    saved_models,
+    unused_kernels,
+)
 from gdn_plugin.hosts.vllm.patches.freed_memory import keep_freed_memory
 from gdn_plugin.hosts.warm_up import warm_up, warm_up_pool
 from gdn_plugin.ops.record import dtype_name
@@ -104,6 +110,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         self.conv1d._cpu_skip_gemm_dispatch = True
         _mark_compiled_models(vllm_config)
         saved_models.let_artefacts_load()
+        if not current_platform.is_cpu():
+            unused_kernels.leave_out()
         if self.num_spec:
             fresh_speculative_rows.tell_fresh_rows()
         if align:

@@ -8,4 +8,5 @@ PATCHES = {
     "fresh_speculative_rows": ("a short prompt must not see another user's state", "when a layer is built with drafts"),
     "replay_pages": ("a page has room for the ring of its row", "when a layer is built with replay on"),
     "saved_models": ("compiled models load again", "when a layer is built"),
+    "unused_kernels": ("a cold start compiles no kernel of the stock layer", "when a layer is built on a GPU"),
 }
