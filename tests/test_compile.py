@@ -180,6 +180,17 @@ def test_an_image_has_replay_where_its_engines_will(tmp_path, monkeypatch):
     assert not listed(tmp_path, monkeypatch)
 
 
+def test_a_backend_that_cannot_serve_the_model_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    for name in caches(tmp_path):
+        monkeypatch.setenv(name, "")
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | {"linear_key_head_dim": 64, "linear_value_head_dim": 64}))
+    asked = ["compile", "--sm", "90", "--model", str(tmp_path), "--cache", str(tmp_path), "--backend", "flashinfer"]
+    assert main(asked) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and len(said.err.splitlines()) == 1
+    assert "--backend flashinfer: no backend can run gdn::prefill" in said.err and "needs K=128, V=128" in said.err
+
+
 @pytest.mark.parametrize(
     "config, why",
     [

@@ -10,7 +10,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from gdn_plugin.registry import DTYPES, OPS, PHASES, Platform, decide, replay_request
+from gdn_plugin.registry import (
+    DTYPES,
+    OPS,
+    PHASES,
+    NoBackendError,
+    Platform,
+    Selection,
+    decide,
+    replay_request,
+    select,
+)
 from gdn_plugin.settings import SettingsError
 from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli.problem import heads, pair
@@ -55,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     if args.backend == "cpu":
         return _cpu(args, shapes)
+    engine_rows = _engine_rows(*_selected(args, shapes), args) if shapes else None
     if not args.json:
         print(f"{'seconds':>7} {'regs':>5} {'spills':>6} {'shared':>7}  kernel, for sm_{args.sm}", flush=True)
-    for row in _rows(args, shapes):
+    for row in engine_rows or _rows(args):
         rows.append(row)
         if not args.json:
             print(_line(row), flush=True)
@@ -156,18 +167,27 @@ def _ring(args: argparse.Namespace, state_dtype: str, spec_tokens: int) -> int:
     return decide(Platform.simulated(f"sm_{args.sm}"), request, state_dtype, spec_tokens, backends=asked).slots
 
 
-def _engine_rows(args: argparse.Namespace, shapes: Sequence[Any]) -> Iterator[Row]:
-    """What engines with these shapes have compiled ahead; that it was done is remembered for them."""
+def _selected(args: argparse.Namespace, shapes: Sequence[Any]) -> tuple[Platform, list[Selection]]:
+    """The GPU that is compiled for, and the backends that engines with these shapes come to on it."""
     import torch
 
-    from gdn_plugin.ops import ahead
-    from gdn_plugin.registry import select
     from gdn_plugin.registry.probe import installed_packages
 
     usual = Platform.simulated(f"sm_{args.sm}", sm_count=args.sm_count)
     platform = replace(usual, packages=installed_packages(), cuda=torch.version.cuda or usual.cuda)
     asked = dict.fromkeys(PHASES, args.backend or "auto")
-    wanted = [ahead.jobs_of(select(platform, shape.problems(), asked).reached(), platform) for shape in shapes]
+    try:
+        return platform, [select(platform, shape.problems(), asked) for shape in shapes]
+    except NoBackendError as exc:
+        said = "; ".join(line.strip(" -:") for line in str(exc).splitlines())
+        raise BadArguments(f"--backend {args.backend}: {said}") from exc
+
+
+def _engine_rows(platform: Platform, selections: Sequence[Selection], args: argparse.Namespace) -> Iterator[Row]:
+    """What engines with these selections have compiled ahead; that it was done is remembered for them."""
+    from gdn_plugin.ops import ahead
+
+    wanted = [ahead.jobs_of(selection.reached(), platform) for selection in selections]
     artifacts: dict[ahead.Job, str] = {}
     every = dict.fromkeys(job for jobs in wanted for job in jobs if not args.op or job[1].op in args.op)
     for job, row in compilation.compile_jobs(platform, list(every), args.workers or ahead.usable_processes()):
@@ -212,10 +232,8 @@ def _cpu(args: argparse.Namespace, shapes: Sequence[Any]) -> int:
     return 0
 
 
-def _rows(args: argparse.Namespace, shapes: Sequence[Any]) -> Iterator[Row]:
-    if shapes:
-        yield from _engine_rows(args, shapes)
-        return
+def _rows(args: argparse.Namespace) -> Iterator[Row]:
+    """Everything that the arguments leave, for no engine in particular."""
     if args.backend in (None, "triton"):
         wanted = [
             problem
