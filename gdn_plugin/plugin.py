@@ -56,7 +56,7 @@ def _register() -> None:
         _stand_down(why)
         return
     _set_state("waiting")
-    _when_imported(drafts_within_blocks.MODULE, drafts_within_blocks.keep_within)
+    _when_imported(drafts_within_blocks.MODULE, _keep_drafts_within_blocks)
     _when_imported(compat.LAYER_MODULE, _attach_or_stand_down)
 
 
@@ -73,6 +73,15 @@ def _wants_out(settings: ModuleType) -> bool:
         return settings.disabled()
     except settings.SettingsError:
         return False  # neither 0 nor 1: the layer reports it and stops the engine
+
+
+def _keep_drafts_within_blocks() -> None:
+    from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
+
+    try:
+        drafts_within_blocks.keep_within()
+    except Exception as problem:  # runs inside the host's import of its own module; replay then refuses such engines
+        _log.warning("gdn_plugin: vLLM's scheduler could not be changed: %s: %s", type(problem).__name__, problem)
 
 
 def _attach_or_stand_down() -> None:

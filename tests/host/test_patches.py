@@ -298,10 +298,15 @@ def test_pages_that_cannot_hold_a_ring(model: type[FakeModel], changed: dict[str
     assert str(replay_pages.obstacle(config_of(**changed))).startswith(why)
 
 
-def test_pages_that_can_hold_a_ring(model: type[FakeModel]) -> None:
+def test_pages_that_can_hold_a_ring(model: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
     assert replay_pages.obstacle(config_of()) is None
     align = SimpleNamespace(mamba_cache_mode="align")
-    assert replay_pages.obstacle(config_of(cache_config=align, speculative_config="mtp")) is None
+    drafting = config_of(cache_config=align, speculative_config="mtp")
+    for changed in (False, True):
+        monkeypatch.setattr(drafts_within_blocks, "is_in", lambda changed=changed: changed)
+        assert replay_pages.obstacle(config_of(cache_config=align)) is None
+        why = replay_pages.obstacle(drafting)
+        assert why is None if changed else str(why).startswith("this vLLM's scheduler does not end drafts")
     model.get_mamba_specs_from_config = None  # type: ignore[attr-defined]
     assert replay_pages.obstacle(config_of()) == "Model has pages of several kinds"
 
@@ -352,7 +357,9 @@ def test_drafts_end_before_a_block_where_its_row_has_a_ring(monkeypatch: pytest.
         pass
 
     monkeypatch.setitem(sys.modules, drafts_within_blocks.MODULE, SimpleNamespace(Scheduler=Scheduler))
+    assert not drafts_within_blocks.is_in()
     assert drafts_within_blocks.keep_within() and not drafts_within_blocks.keep_within()
+    assert drafts_within_blocks.is_in()
 
     def sized(scheduler: FakeScheduler, at: int, in_flight: int = 0, local: int = 0) -> int:
         """A step of four tokens from position `at` + `local`, three of them drafts."""

@@ -47,6 +47,11 @@ def keep_within() -> bool:
     return True
 
 
+def is_in() -> bool:
+    """Whether this host's Scheduler is changed."""
+    return hasattr(getattr(importlib.import_module(MODULE).Scheduler, _METHOD, None), "_gdn_plugin")
+
+
 def trimmed(count: int, start: int, known: int, in_flight: int, block: int) -> int:
     """How many of `count` tokens from `start` on a step may have.
 

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
+
 _MAMBA_UTILS = "vllm.model_executor.layers.mamba.mamba_utils"
 _SLOTS = "gdn_plugin_replay"  # in additional_config: slots of a ring in this engine's pages
 _MARK = "_gdn_plugin_replay_pages"
@@ -51,6 +53,9 @@ def obstacle(vllm_config: Any) -> str | None:
     cache = vllm_config.cache_config
     if cache.mamba_cache_mode not in ("none", "align"):
         return f"mamba_cache_mode is {cache.mamba_cache_mode!r}, replay knows 'none' and 'align'"
+    drafts = vllm_config.speculative_config is not None
+    if cache.mamba_cache_mode == "align" and drafts and not drafts_within_blocks.is_in():
+        return "this vLLM's scheduler does not end drafts before a block does"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector reads pages as conv and state"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
