@@ -97,7 +97,9 @@ def _process_with_vllm(environment: dict[str, str]) -> frozenset[tuple[str, str]
         folder = Path(_until_the_end.enter_context(tempfile.TemporaryDirectory()))
         log = _until_the_end.enter_context((folder / "log").open("w"))
         command = [sys.executable, str(Path(__file__).with_name("forked_engines.py")), str(folder / "socket")]
-        wait = _until_the_end.enter_context(child.started(command, log=log, environment=kept))
+        # With more, importing torch starts OpenMP's threads. Engines set their own number.
+        alone = kept | {"OMP_NUM_THREADS": "1"}
+        wait = _until_the_end.enter_context(child.started(command, log=log, environment=alone))
         while key not in _forking:
             try:
                 _forking[key] = Client(str(folder / "socket"))
