@@ -78,7 +78,7 @@ def test_one_launch():
 def test_configurations_divide_a_head(K, V, num_heads, state_dtype):
     tile = TILES.tile(90, state_dtype, num_heads, K, V)
     assert V % tile.block_v(K, V) == 0
-    assert tile.block_v(K, V) * K <= 64 * 32 * tile.num_warps
+    assert tile.block_v(K, V) * K <= 128 * 32 * tile.num_warps  # state values a thread holds
 
 
 def test_counters_grow_and_stay():

@@ -57,8 +57,8 @@ class Table(Generic[Row]):
 class Tile:
     """What a program of decode, verify or fused_decode owns: `elements` values of one head's [V, K] state.
 
-    They have to stay in registers, at most 64 a thread; and at small batches there have to be at least as many programs
-    as a large GPU has multiprocessors (132 on H100, 148 on B200).
+    They have to stay in registers, at most 128 a thread; and at small batches there have to be at least as many
+    programs as a large GPU has multiprocessors (132 on H100, 148 on B200).
     """
 
     elements: int
