@@ -51,8 +51,8 @@ PREFERENCES: tuple[Preference, ...] = (
     ),
     Preference(
         0,
-        reason="auto leaves replay off: on SM 90 with a state of 16 bits it is not faster, its kernels being bound by "
-        "instructions",
+        reason="auto leaves replay off: on SM 90 with a state of 16 bits it is not faster, since it is not the bytes "
+        "saved that bind its kernels",
         source="the same run, bf16 state: decode of 8, 64, 256 sequences 10.5, 65, 230 us against 8.1, 62, 231; 8x4 "
         "and 64x4 speculative tokens 28 and 186 against 21 and 151",
         sms=(90,),

@@ -406,6 +406,11 @@ def test_the_hosts_kernels_are_warmed_up_where_they_are_used(
     assert called == ([(runner, "model")] if wanted else [])
 
 
+def test_a_host_without_that_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unused_kernels.importlib, "import_module", lambda name: SimpleNamespace())
+    assert not unused_kernels.leave_out()
+
+
 @needs_vllm
 def test_the_hosts_warm_up_is_called_by_that_name() -> None:
     """Read, not imported: the module is a GPU worker's."""

@@ -14,8 +14,8 @@ ON = Request("16", "GDN_PLUGIN_REPLAY")
     ("platform", "state", "why"),
     [
         (GPU, "float32", "no engine has served with it on a GPU yet; GDN_PLUGIN_REPLAY=16 asks for it)"),
-        (GPU, "bfloat16", "with a state of 16 bits it is not faster, its kernels being bound by instructions)"),
-        (GPU, "float16", "with a state of 16 bits it is not faster, its kernels being bound by instructions)"),
+        (GPU, "bfloat16", "since it is not the bytes saved that bind its kernels)"),
+        (GPU, "float16", "since it is not the bytes saved that bind its kernels)"),
         (Platform.simulated("sm_100"), "float32", "not measured on this machine)"),
         (CPU, "bfloat16", "not measured on this machine)"),
     ],

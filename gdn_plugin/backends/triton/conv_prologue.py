@@ -278,7 +278,7 @@ CONFIGS: Table[tuple[PrologueConfig, PrologueConfig]] = Table(
     }
 )
 MAX_STEPS = 8
-PROGRAMS = 2000  # of one warp: half a wave of an H100's 132 multiprocessors
+PROGRAMS = 2000  # of one warp: fifteen on each of an H100's 132 multiprocessors
 
 
 def choose_config(

@@ -210,19 +210,21 @@ def fused_decode_kernel(
 # Every program repeats the conv of q and k, so tiles are larger. H100 80GB, torch 2.11, triton 3.6, 2026-11-27, norm
 # inside, K = V = 128, bf16 io, elements/warps, us at Hk 16, Hv 32:
 #     fp32 state  B = 1   B = 8  B = 256      bf16 state  B = 1   B = 8  B = 64  B = 256
-#     4096/4        5.1    12.0      432                    4.2     9.5      69      261
+#     2048/4        5.1    14.0      446                    4.7    12.2      84      322
+#     4096/4               12.0      432                    4.2     9.5      69      261
 #     4096/2        6.7    12.1      400                    4.6     8.1      62      231
 #     8192/2               11.6      389                    5.4     8.3      64      242
 #     8192/4        5.2    12.6      403                    4.3     9.3      67      251
-# (decode, which has neither conv nor norm: 4.0, 14.2, 376; 3.1, 53, 194.) Programs that do both value heads of a key
-# head, so that their q and k are convolved once, and programs that walk a whole head in steps of 4096 with the next one
-# asked for ahead (221 us at B = 256 with a bf16 state, 404 with fp32; 8.9 and 10.8 at B = 8), gain as much as they
-# lose. What binds is the wait for memory with too few warps to cover it: 146 to 168 registers a thread. Other dims and
-# GPUs take the same rows untimed.
+# (B = 1 of an fp32 state at 2048/4 and 4096/2 is of 2026-11-23, as is decode, which has neither conv nor norm: 4.0,
+# 14.2, 376; at B = 1, 64 and 256 of a bf16 one 3.1, 53, 194.) Programs that do both value heads of a key head, so that
+# their q and k are convolved once, and programs that walk a whole head in steps of 4096 with the next one asked for
+# ahead (221 us at B = 256 with a bf16 state, 404 with fp32; 8.9 and 10.8 at B = 8), gain as much as they lose. 4096/2
+# has 128 registers a thread with an fp32 state, 167 with a bf16 one, 8192/2 253 (triton 3.9). Other dims and GPUs take
+# the same rows untimed.
 TILES = Tiles(
     {
         (0, 0, 0, ""): (Tile(4096, 4), Tile(4096, 2)),
-        (90, 128, 128, "float32"): (Tile(4096, 4), Tile(8192, 2)),
+        (90, 128, 128, "float32"): (Tile(2048, 4), Tile(8192, 2)),
     }
 )
 

@@ -33,7 +33,7 @@ At B = 256, L = 1, Hk 16, Hv 32, K = V = 128, R = 16 and 2 bytes everywhere, n =
 folds) + 13 = 326 MB, 97 us at 3.35 TB/s, where fused_decode moves 550 MB, 164 us. The ring's k is asked for by every
 program of its group, Hv/Hk * V/BV of them, from L1 or L2 all but once: 4 KB at n = 8 beside the 8 KB of a program's own
 anchor at BV = 32. Operations: 4 an anchor element and token, and 4 (K + BV) an update and program; at BV = 32, n = 8 a
-third of the anchor's. Measured, instructions bind it and not bytes: 230 us there (see TILES).
+third of the anchor's. Measured: 230 us there, so bytes do not bind it (see TILES).
 """
 
 from __future__ import annotations
@@ -333,11 +333,11 @@ def replay_fold_kernel(
 #                 8192/2         10.5      65      230                     28       186
 #                 16384/4        10.6      72      254                     30       206
 #                 fused           8.1      62      231                     21       151
-# Instructions bind it and not bytes: whatever the tile, time follows how often a program repeats the convolution and
-# the products with the ring. Tried and not better: a program that walks a whole head in steps (233 to 283 at B = 256
+# Bytes do not bind it: whatever the tile, time follows how often programs repeat the convolution and the products with
+# the ring. Tried and not better: a program that walks a whole head in steps (233 to 283 at B = 256
 # with a bf16 state), and all of a step's products with the state as one matrix product (225 there, 458 with an fp32
 # state; 165 at 64x4, 224). 8192/2 spills 8 to 370 bytes (triton 3.9) and is the fastest nonetheless. At K = 64 four
-# warps spill. Other GPUs and dims: compiled for sm_90a and sm_100a, untimed.
+# warps spill. Few heads, other GPUs and dims: untimed, compiled for sm_90a and sm_100a.
 TILES = Tiles(
     {
         (0, 64, 0, ""): (Tile(1024, 2), Tile(2048, 2)),
