@@ -10,6 +10,7 @@ import pytest
 from gdn_plugin.tools import models
 from gdn_plugin.tools.bench import engine, rounds
 from gdn_plugin.tools.cli import main
+from gdn_plugin.tools.cli.values import BadArguments
 
 ROOT = Path(__file__).parents[1]
 OURS = "gdn_plugin.hosts.vllm.layer.GdnPluginAttention"
@@ -51,8 +52,13 @@ class TestAgreement:
 def test_what_both_launch_alike_is_the_hosts():
     stock = {"gemm": [4.0, 100.0], "copy": [3.0, 9.0], "conv": [1.0, 50.0]}
     plugin = {"gemm": [4.0, 101.0], "copy": [1.0, 3.0], "fused": [1.0, 20.0]}
-    a, b, shared = rounds.own_kernels(stock, plugin)
-    assert (list(a), list(b), shared) == (["copy", "conv"], ["copy", "fused"], 100.0)
+    own, shared = rounds.own_kernels({"stock": stock, "plugin": plugin})
+    assert {who: list(rows) for who, rows in own.items()} == {"stock": ["copy", "conv"], "plugin": ["copy", "fused"]}
+    assert shared == 100.0
+    replay = {"gemm": [4.0, 100.0], "fused": [1.0, 20.0]}
+    own, shared = rounds.own_kernels({"stock": stock, "plugin": plugin, "replay": replay})
+    assert list(own["plugin"]) == ["copy", "fused"] and list(own["replay"]) == ["fused"] and shared == 100.0
+    assert rounds.own_kernels({}) == ({}, 0)
 
 
 @pytest.fixture
@@ -62,16 +68,18 @@ def engines(monkeypatch):
     class Fake:
         jobs: list = []  # noqa: RUF012
         fails = agrees = interrupts = None
+        rings = True
 
         def __call__(self, job, folder, environment, *, hub):
             stock = environment["GDN_PLUGIN_DISABLE"] == "1"
-            name = "stock" if stock else "plugin"
+            ring = int(environment.get("GDN_PLUGIN_REPLAY", 0))
+            name = "stock" if stock else "replay" if ring else "plugin"
             self.jobs.append((name, job))
             if self.interrupts == name:
                 raise KeyboardInterrupt
             if self.fails == name:
                 raise RuntimeError("ValueError: no")
-            found = {"layers": [STOCKS if stock else OURS], "startup_s": 9.0}
+            found = {"layers": [STOCKS if stock else OURS], "startup_s": 9.0, "rings": [ring if self.rings else 0]}
             if job["bench"].get("expected"):
                 found["check"] = {"ok": self.agrees is not False, "difference": 0.5, "limit": 0.03, "same": 3,
                                   "tokens": 4, "worst_tie": 0.0}  # fmt: skip
@@ -79,7 +87,8 @@ def engines(monkeypatch):
                     return found
             else:
                 found |= {"said": [said([1])], "noise": 0.0}
-            seconds = {name: [2.0, 1.0, 3.0] if stock else [1.0, 0.5, 2.0] for name in job["bench"]["rounds"]}
+            times = {"stock": [2.0, 1.0, 3.0], "plugin": [1.0, 0.5, 2.0], "replay": [0.5, 0.5, 0.5]}[name]
+            seconds = dict.fromkeys(job["bench"]["rounds"], times)
             return found | {"seconds": seconds, "compiled": [None, None] if stock else [4, 4]}
 
     fake = Fake()
@@ -100,6 +109,47 @@ def test_in_turn_and_with_ratios(engines, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "stock / plugin" in shown and "kernels compiled while serving: 0" in shown and "not on a CPU" in shown
     assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_replay_is_a_third_kind(engines, tmp_path, capsys):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    out = tmp_path / "engine.json"
+    assert main(["bench", "--engine", "--rounds", "few", "--turns", "1", "--replay", "16", "--json", str(out)]) == 0
+    assert [name for name, _ in engines.jobs] == ["stock", "plugin", "replay"]
+    assert all("expected" in job["bench"] for name, job in engines.jobs if name != "stock")
+    assert json.loads(out.read_text())["summary"] == [
+        {"round": "few", "stock": 2.0, "plugin": 1.0, "replay": 0.5, "ratio": 2.0, "replay_ratio": 4.0}
+    ]
+    shown = capsys.readouterr().out
+    assert "stock / plugin" in shown and "stock / replay" in shown and "replay, greedy answers" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_replay_that_is_off_has_no_times_and_the_others_go_on(engines, tmp_path, capsys):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    engines.rings = False
+    out = tmp_path / "engine.json"
+    assert main(["bench", "--engine", "--rounds", "few,mtp", "--turns", "1", "--replay", "16", "--json", str(out)]) == 1
+    assert [name for name, _ in engines.jobs] == ["stock", "plugin", "replay", "stock", "plugin"]
+    few, mtp = json.loads(out.read_text())["summary"]
+    assert few["ratio"] == mtp["ratio"] == 2.0 and few["replay"] is None and few["replay_ratio"] is None
+    assert "replay is off" in capsys.readouterr().err
+
+
+def test_tensor_parallel_engines(engines, tmp_path, capsys):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    arguments = ["bench", "--engine", "--rounds", "few", "--turns", "1", "--tensor-parallel"]
+    assert main([*arguments, "2"]) == 0 and main([*arguments, "1"]) == 0
+    assert [job["llm"].get("tensor_parallel_size") for _, job in engines.jobs] == [2, 2, None, None]
+    assert "tensor parallel 2" in capsys.readouterr().out
+
+
+def test_more_gpus_than_there_are(monkeypatch):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    plan = engine.Plan("tiny", ("few",), 3, "bfloat16", "", 1, 1, cuda=True, tensor_parallel=2)
+    with pytest.raises(BadArguments, match="of GPUs there are 1 here"):
+        plan.check()
 
 
 @pytest.mark.parametrize("how", ["disagrees", "fails"])
@@ -157,14 +207,30 @@ def test_made_up_weights_are_the_same_in_every_process_and_matter():
 
 
 @pytest.mark.engine
-@pytest.mark.timeout(600)  # two starts of an engine
+@pytest.mark.timeout(600)  # three starts of an engine
 def test_a_real_run(tmp_path, capsys):
     pytest.importorskip("vllm", reason="vllm is not installed")
     out = tmp_path / "engine.json"
-    arguments = ["--rounds", "few", "--turns", "1", "--repeats", "1", "--json", str(out)]
+    arguments = ["--rounds", "few", "--turns", "1", "--repeats", "1", "--replay", "8", "--json", str(out)]
     assert main(["bench", "--engine", "--model", "tiny", *arguments]) == 0, capsys.readouterr().err
     data = json.loads(out.read_text())
-    stock, plugin = data["engines"]
+    stock, plugin, replay = data["engines"]
     assert set(plugin["layers"]) == {OURS} and not set(stock["layers"]) & {OURS}
+    assert set(plugin["rings"]) == {0} and set(replay["rings"]) == {8} and replay["check"]["ok"]
     assert plugin["check"]["ok"] and plugin["check"]["tokens"] == len(rounds.CHECK_LENGTHS) * rounds.CHECK_NEW
     assert data["summary"][0]["ratio"] > 0 and plugin["compiled"][0] == plugin["compiled"][1]
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # two starts of an engine
+def test_a_real_run_of_two_ranks(monkeypatch, tmp_path, capsys):
+    """What is asked of the model reaches processes that are not the engine's own."""
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    out = tmp_path / "engine.json"
+    arguments = ["--rounds", "few", "--turns", "1", "--repeats", "1", "--tensor-parallel", "2", "--json", str(out)]
+    assert main(["bench", "--engine", "--model", "tiny", *arguments]) == 0, capsys.readouterr().err
+    data = json.loads(out.read_text())
+    assert data["tensor_parallel"] == 2 and data["engines"][1]["check"]["ok"]
+    assert data["engines"][1]["compiled"] == [0, 0] and data["engines"][0]["compiled"] == [None, None]

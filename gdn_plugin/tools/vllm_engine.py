@@ -8,7 +8,7 @@ The job (JSON): `llm`, the arguments of vllm.LLM; `rounds`, lists of token-id pr
 that served; `seconds`, a number a round; `drafts` and `accepted`, speculative tokens counted by the engine.
 
 With `bench` in the job, the engine is timed instead: it is the job of `gdn_plugin.tools.bench.rounds.run`, and the
-result holds what that returns, `layers`, and `startup_s`.
+result holds what that returns, `layers`, `rings` (slots of each layer's ring, 0 without replay) and `startup_s`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     if "bench" in job:
         startup_s, layers = time.perf_counter() - began, _layers(engine)
         measured = rounds.run(engine, vllm.sampling, len(layers), job["bench"])
-        return measured | {"startup_s": startup_s, "layers": layers}
+        rings = engine.apply_model(_ring_slots)[0]
+        return measured | {"startup_s": startup_s, "layers": layers, "rings": rings}
     sampling = vllm.sampling(
         temperature=0.0,
         max_tokens=job["max_tokens"],
@@ -77,11 +78,15 @@ def _layers(engine: Any) -> list[str]:
 
 
 def _gdn_classes(model: Any) -> list[str]:
-    return [
-        f"{type(layer).__module__}.{type(layer).__qualname__}"
-        for layer in model.modules()
-        if hasattr(layer, "A_log") and hasattr(layer, "conv1d")
-    ]
+    return [f"{type(layer).__module__}.{type(layer).__qualname__}" for layer in _gdn(model)]
+
+
+def _ring_slots(model: Any) -> list[int]:
+    return [getattr(layer, "gdn_replay_slots", 0) for layer in _gdn(model)]
+
+
+def _gdn(model: Any) -> list[Any]:
+    return [layer for layer in model.modules() if hasattr(layer, "A_log") and hasattr(layer, "conv1d")]
 
 
 def main() -> None:

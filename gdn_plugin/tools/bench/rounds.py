@@ -84,8 +84,8 @@ def run(engine: Any, sampling: Callable[..., Any], layers: int, job: Mapping[str
             that is to agree with another, `expected` and `noise` of that one.
     Returns:
         `check` (an Agreement, with `ok`) or `said` and `noise`; and, unless they disagree, `seconds` {round: [..]},
-        `compiled` (kernels held before and after the rounds; None for stock), `kernels` {round: {name: [calls, us]}} of
-        one layer's step, on a GPU.
+        `compiled` (kernels held before and after the rounds, of all ranks; None for stock), `kernels`
+        {round: {name: [calls, us]}} of one layer's step, on the first GPU.
     """
     if job.get("randomise"):
         engine.apply_model(randomise)
@@ -113,12 +113,12 @@ def run(engine: Any, sampling: Callable[..., Any], layers: int, job: Mapping[str
     rounds: Mapping[str, Mix] = job["rounds"]
     for mix in rounds.values():
         ask(mix, 0)
-    before = _compile_count()
+    before = _held(engine)
     seconds: dict[str, list[float]] = {name: [] for name in rounds}
     for repeat in range(1, job["repeats"] + 1):
         for number, (name, mix) in enumerate(rounds.items()):
             seconds[name].append(ask(mix, 100 * repeat + number))
-    result |= {"seconds": seconds, "compiled": [before, _compile_count()]}
+    result |= {"seconds": seconds, "compiled": [before, _held(engine)]}
     if torch.cuda.is_available():
         result["kernels"] = {name: _profile(engine, partial(ask, mix, 1), layers) for name, mix in rounds.items()}
     return result
@@ -148,9 +148,15 @@ def answers(engine: Any, sampling: Callable[..., Any], vocabulary: int, *, toget
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Give a model whose weights an engine has made up, all near zero, some that let every layer matter."""
+    """Give a model whose weights an engine has made up, all near zero, some that let every layer matter.
+
+    Of tensor parallel ranks each gets the same slices, except of the vocabulary, whose tokens would come in pairs.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     with torch.no_grad():
         for seed, (name, weight) in enumerate(sorted(model.named_parameters())):
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                seed += 10**6 * rank
             generator = torch.Generator(weight.device).manual_seed(seed)
             if name.endswith("A_log"):
                 weight.copy_(torch.linspace(-6.0, 1.0, weight.numel()).view_as(weight))
@@ -163,14 +169,36 @@ def randomise(model: torch.nn.Module) -> None:
                 weight.normal_(0.0, deviation, generator=generator)
 
 
-def _compile_count() -> int | None:
-    """Of the plugin, if it serves."""
+def _held(engine: Any) -> int | None:
+    """Kernels that the plugin has compiled in the engine's processes; None where it does not serve."""
+    counts = engine.apply_model(_compile_count)
+    return None if None in counts else sum(counts)
+
+
+# What follows is sent to the engine's processes by name, so it takes the model, which it has no use for.
+_profilers: list[torch.profiler.profile] = []
+
+
+def _compile_count(_: torch.nn.Module) -> int | None:
     ops = sys.modules.get("gdn_plugin.ops")
     return None if ops is None else ops.compile_count()
 
 
+def _start_profile(_: torch.nn.Module) -> None:
+    _profilers.append(torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]))
+    _profilers[-1].start()
+
+
+def _stop_profile(_: torch.nn.Module) -> list[tuple[str, int, float]]:
+    """(kernel, calls, microseconds)."""
+    torch.cuda.synchronize()
+    profiler = _profilers.pop()
+    profiler.stop()
+    return [(event.key, event.count, event.self_device_time_total) for event in profiler.key_averages()]
+
+
 def _profile(engine: Any, call: Callable[[], object], layers: int) -> dict[str, list[float]]:
-    """{kernel: [calls, microseconds]} of one step's share of a GDN layer, longest first."""
+    """{kernel: [calls, microseconds]} of one step's share of a GDN layer, longest first; of the first rank."""
     steps = 0
     step = engine.llm_engine.step
 
@@ -180,39 +208,41 @@ def _profile(engine: Any, call: Callable[[], object], layers: int) -> dict[str, 
         return step(*args, **kwargs)
 
     engine.llm_engine.step = counted
+    engine.apply_model(_start_profile)
     try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            call()
-            torch.cuda.synchronize()
+        call()
     finally:
+        events = engine.apply_model(_stop_profile)[0]
         engine.llm_engine.step = step
     calls: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for event in profiler.key_averages():
-        if event.self_device_time_total:
-            calls[event.key] += event.count
-            total[event.key] += event.self_device_time_total
+    for name, count, us in events:
+        if us:
+            calls[name] += count
+            total[name] += us
     each = max(1, steps * layers)
     return {name: [calls[name] / each, us / each] for name, us in total.most_common()}
 
 
 def own_kernels(
-    stock: Mapping[str, Sequence[float]], plugin: Mapping[str, Sequence[float]]
-) -> tuple[dict[str, Sequence[float]], dict[str, Sequence[float]], float]:
-    """What the two engines launch differently, and the microseconds of what they launch alike (the host's own).
+    engines: Mapping[str, Mapping[str, Sequence[float]]],
+) -> tuple[dict[str, dict[str, Sequence[float]]], float]:
+    """What each of the engines launches unlike the others, and the microseconds of what all launch alike (the host's).
 
-    Alike is what both call as often, give or take a twentieth, for about as long.
+    Alike is what all call as often, give or take a twentieth, for about as long.
+
+    Args:
+        engines: {kernel: [calls, microseconds]} of each.
     """
+    first = next(iter(engines.values()), {})
 
     def alike(name: str) -> bool:
-        a, b = stock.get(name), plugin.get(name)
-        return (
-            a is not None and b is not None and all(math.isclose(x, y, rel_tol=0.05) for x, y in zip(a, b, strict=True))
+        rows = [rows.get(name) for rows in engines.values()]
+        return all(
+            row is not None and all(math.isclose(x, y, rel_tol=0.05) for x, y in zip(first[name], row, strict=True))
+            for row in rows
         )
 
-    shared = sum(us for name, (_, us) in stock.items() if alike(name))
-    return (
-        {name: row for name, row in stock.items() if not alike(name)},
-        {name: row for name, row in plugin.items() if not alike(name)},
-        shared,
-    )
+    shared = {name for name in first if alike(name)}
+    own = {who: {name: row for name, row in rows.items() if name not in shared} for who, rows in engines.items()}
+    return own, sum(first[name][1] for name in shared)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gdn_plugin.registry import DTYPES, backend_names
 from gdn_plugin.tools.cli.problem import STATE_DTYPES
-from gdn_plugin.tools.cli.values import BadArguments, as_json, count, names, output, picture, seconds, write
+from gdn_plugin.tools.cli.values import BadArguments, as_json, count, names, output, picture, seconds, slots, write
 
 MIXES = {
     "prefill": ("1x2048", "8x512"),
@@ -25,7 +25,7 @@ MIXES = {
 # Whom `contenders.OTHERS` knows; a test holds the two together, so that --help need not import torch.
 OTHERS = ("vllm", "transformers", "fla", "flashinfer-as-vllm", "flashinfer-raw")
 
-ENGINE_ONLY = ("model", "rounds", "speculative", "turns", "repeats")
+ENGINE_ONLY = ("model", "rounds", "speculative", "replay", "tensor_parallel", "turns", "repeats")
 OPS_ONLY = ("op", "phase", "backend", "against", "mix", "graph")
 
 
@@ -59,6 +59,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--rounds", type=names(_rounds), help="joined by commas (prefill,decode,few)")
     group.add_argument("--speculative", type=count, metavar="N", help="drafts a step of rounds ngram and mtp (3)")
+    group.add_argument(
+        "--replay", type=slots, metavar="R", help="also the plugin with GDN_PLUGIN_REPLAY=R (then the other has 0)"
+    )
+    group.add_argument("--tensor-parallel", type=count, metavar="N", help="GPUs of each engine (1)")
     group.add_argument("--turns", type=count, metavar="N", help="engines of each kind (2, so that a drift shows)")
     group.add_argument("--repeats", type=count, metavar="N", help="of each round in each engine (3)")
 
@@ -82,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         return _engine(args)
     for name in ENGINE_ONLY:
         if getattr(args, name) is not None:
-            raise BadArguments(f"--{name} belongs to --engine")
+            raise BadArguments(f"--{name.replace('_', '-')} belongs to --engine")
     state_dtype = args.state_dtype or "float32"
 
     import torch
@@ -204,5 +208,7 @@ def _engine(args: argparse.Namespace) -> int:
         turns=args.turns or 2,
         repeats=args.repeats or 3,
         cuda=cuda,
+        replay=args.replay or 0,
+        tensor_parallel=args.tensor_parallel or 1,
     )
     return engine.main(plan, args.json, args.plot)

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from gdn_plugin.settings import REPLAY_SLOTS
+
 
 class BadArguments(ValueError):
     """Arguments that are wrong together, or only on this machine; the message is the whole answer."""
@@ -28,6 +30,13 @@ def count(text: str) -> int:
     """argparse type: a whole number above 0."""
     if not text.strip().isdecimal() or not 0 < int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def slots(text: str) -> int:
+    """argparse type: slots of a replay ring."""
+    if text.strip() not in map(str, REPLAY_SLOTS):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a ring's slots, {REPLAY_SLOTS[0]} to {REPLAY_SLOTS[-1]}")
     return int(text)
 
 
