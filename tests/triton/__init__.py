@@ -1,1 +1,1 @@
-COMPILED = ("test_variants.py",)
+COMPILED = ("test_variants.py", "test_staged.py")

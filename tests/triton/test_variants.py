@@ -20,7 +20,7 @@ from tests.support.triton_device import stand_in
 
 HEADS = [(2, 4), (4, 8), (16, 32), (16, 48)]
 SMS = [80, 90, 100]
-SEQUENCES = (1, 2, 3, 8, 32, 128)
+SEQUENCES = (1, 2, 3, 8, 32, 128, 512)
 TOKENS = (1, 2, 7, 64, 65, 256, 1000, 2048, 16384)
 ONE_TOKEN = tuple(op for op in OPS if PHASE_OF_OP[op] in ("decode", "verify"))
 
@@ -276,5 +276,5 @@ def test_every_kernel_of_a_loaded_op_is_counted():
     names = {kernel.__name__ for kernel in launching._kernels}
     assert names == {f"{n}_kernel" for n in ("conv_prologue", "prefill_solve", "prefill_state", "decode",
                                              "fused_decode", "verify", "fused_verify", "gated_norm", "replay",
-                                             "replay_fold")}  # fmt: skip
+                                             "replay_fold", "staged_step", "staged_replay")}  # fmt: skip
     assert all(isinstance(kernel.device_caches, dict) for kernel in launching._kernels)

@@ -41,6 +41,7 @@ from gdn_plugin.backends.triton.gates import (
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
+from gdn_plugin.backends.triton.staged import Staging, Stagings, staged_step_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -228,12 +229,25 @@ TILES = Tiles(
     }
 )
 
+# The same, staged, rows/buffers/warps at B = 8, 64 and 256 of a bf16 state: 64/4/8 6.7, -, -; 32/4/4 -, 56, 211; 32/8/8
+# 7.5, 65, 234. fp32: 32/4/4 8.6, 104, 400. Half-precision states are half the bytes and not half the work, so what is
+# under way matters more; with fp32 the memory is busy either way. 4 warps held to 80 registers: 300.
+_HALF = (Staging(64, 4, 8), Staging(32, 4, 4))
+STAGINGS = Stagings(
+    {
+        (0, 0, 0, ""): (None, None),
+        (90, 128, 128, "bfloat16"): _HALF,
+        (90, 128, 128, "float16"): _HALF,
+        (90, 128, 128, "float32"): (Staging(32, 4, 4), None),
+    }
+)
+
 
 def run(
     *, mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, a: Tensor, b: Tensor,
     A_log: Tensor, dt_bias: Tensor, state: Tensor, state_indices: Tensor, num_k_heads: int, head_k_dim: int,
     head_v_dim: int, scale: float, z: Tensor | None, norm_weight: Tensor | None, norm_eps: float, gate: str,
-    null_index: int, out: Tensor, zero_padding: bool, config: Tile | None = None,
+    null_index: int, out: Tensor, zero_padding: bool, config: Tile | Staging | None = None,
 ) -> None:  # fmt: skip
     """One token of every sequence from mixed_qkv [B, dim] or [B, Hk, dim/Hk] to out [B, Hv, V].
 
@@ -242,31 +256,41 @@ def run(
     zero_padding and left otherwise.
 
     Args:
-        config: for a tuning script; else the table's.
+        config: for a tuning script; else the tables'.
     """
     batch, num_v_heads = a.shape[0], A_log.shape[0]
     ratio = num_v_heads // num_k_heads
-    tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
-    block_v = tile.block_v(head_k_dim, head_v_dim)
-    programs = num_v_heads * (head_v_dim // block_v)
     normed = z is not None and norm_weight is not None
-    launch(
-        fused_decode_kernel, (batch * programs,),
-        p_x=mixed_qkv, p_weight=conv_weight, p_bias=conv_bias, p_conv_state=conv_state, p_a=a, p_b=b, p_A_log=A_log,
-        p_dt_bias=dt_bias, p_state=state, p_indices=state_indices, p_z=z if normed else None,
-        p_norm_weight=norm_weight if normed else None, p_out=out,
-        p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
+    arguments = {
+        "p_x": mixed_qkv, "p_weight": conv_weight, "p_bias": conv_bias, "p_conv_state": conv_state, "p_a": a, "p_b": b,
+        "p_A_log": A_log, "p_dt_bias": dt_bias, "p_state": state, "p_indices": state_indices,
+        "p_z": z if normed else None, "p_norm_weight": norm_weight if normed else None, "p_out": out,
         **qkv_strides(mixed_qkv, num_k_heads, num_v_heads, head_k_dim, head_v_dim),
         **value_strides("a", a, num_k_heads, num_v_heads), **value_strides("b", b, num_k_heads, num_v_heads),
         **value_strides("z", z if normed else out, num_k_heads, num_v_heads),
-        stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
-        stride_cs_n=conv_state.stride(0), stride_cs_c=conv_state.stride(1), stride_cs_w=conv_state.stride(2),
-        stride_state=state.stride(0), stride_indices=state_indices.stride(0),
-        stride_out_t=out.stride(0), stride_out_h=out.stride(1),
-        scale=scale, eps=norm_eps, num_k_heads=num_k_heads, null_index=null_index, is_sigmoid=int(gate == "sigmoid"),
-        zero_padding=int(zero_padding),
-        K=head_k_dim, V=head_v_dim, W=conv_weight.shape[1], RATIO=ratio, BR=triton.next_power_of_2(ratio), BV=block_v,
-        num_warps=tile.num_warps, num_stages=1,
+        "stride_w_c": conv_weight.stride(0), "stride_w_t": conv_weight.stride(1),
+        "stride_cs_n": conv_state.stride(0), "stride_cs_c": conv_state.stride(1), "stride_cs_w": conv_state.stride(2),
+        "stride_state": state.stride(0), "stride_indices": state_indices.stride(0),
+        "stride_out_t": out.stride(0), "stride_out_h": out.stride(1),
+        "scale": scale, "eps": norm_eps, "num_k_heads": num_k_heads, "null_index": null_index,
+        "is_sigmoid": int(gate == "sigmoid"), "zero_padding": int(zero_padding),
+        "K": head_k_dim, "V": head_v_dim, "W": conv_weight.shape[1], "RATIO": ratio,
+    }  # fmt: skip
+    config = config or STAGINGS.staging(state, batch, num_k_heads)
+    if isinstance(config, Staging):
+        launch(
+            staged_step_kernel, (batch * num_k_heads,), **arguments, p_accepted=None, p_start=None, p_cu_seqlens=None,
+            p_initial=None, stride_start=0, has_start=0, has_initial=0, num_sequences=batch, num_tokens=batch,
+            num_slots=1, **step_options(config, ratio, head_v_dim, 1),
+        )  # fmt: skip
+        return
+    tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
+    block_v = tile.block_v(head_k_dim, head_v_dim)
+    programs = num_v_heads * (head_v_dim // block_v)
+    launch(
+        fused_decode_kernel, (batch * programs,), **arguments,
+        p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
+        BR=triton.next_power_of_2(ratio), BV=block_v, num_warps=tile.num_warps, num_stages=1,
     )  # fmt: skip
 
 

@@ -55,6 +55,7 @@ from gdn_plugin.backends.triton.gates import (
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
+from gdn_plugin.backends.triton.staged import MOST_TOKENS, Staging, Stagings, staged_step_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -295,13 +296,25 @@ TILES = Tiles(
     }
 )
 
+# The same, staged, rows/buffers/warps, sequences x tokens: bf16 state 32/8/8 at 8x4, 64x2, 64x4: 20, 87, 139; 32/4/8
+# 20, 87, 147; four warps 57, 100, 245. fp32: 32/8/8 35 at 8x4, 32/4/8 266 at 64x4.
+_HALF = (Staging(32, 8, 8), Staging(32, 8, 8))
+STAGINGS = Stagings(
+    {
+        (0, 0, 0, ""): (None, None),
+        (90, 128, 128, "bfloat16"): _HALF,
+        (90, 128, 128, "float16"): _HALF,
+        (90, 128, 128, "float32"): (Staging(32, 8, 8), None),
+    }
+)
+
 
 def run(
     *, mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, a: Tensor, b: Tensor,
     A_log: Tensor, dt_bias: Tensor, state: Tensor, state_indices: Tensor, num_accepted_tokens: Tensor,
     cu_seqlens: Tensor, num_k_heads: int, head_k_dim: int, head_v_dim: int, has_initial_state: Tensor | None,
     start_rows: Tensor | None, scale: float, z: Tensor | None, norm_weight: Tensor | None, norm_eps: float, gate: str,
-    null_index: int, out: Tensor, zero_padding: bool, config: Tile | None = None,
+    null_index: int, out: Tensor, zero_padding: bool, config: Tile | Staging | None = None,
 ) -> None:  # fmt: skip
     """Packed speculative tokens from mixed_qkv [T, dim] or [T, Hk, dim/Hk] to out [T, Hv, V], state_indices [B, S].
 
@@ -312,36 +325,46 @@ def run(
     otherwise.
 
     Args:
-        config: for a tuning script; else the table's.
+        config: for a tuning script; else the tables'.
     """
     num_tokens, num_v_heads = a.shape[0], A_log.shape[0]
     batch, num_slots = state_indices.shape
+    ratio = num_v_heads // num_k_heads
     start = state_indices if start_rows is None else start_rows
     # A pointer of the right type, whose bytes do not matter: one variant of the kernel serves both.
     initial = num_accepted_tokens.view(torch.bool) if has_initial_state is None else has_initial_state
-    tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
-    block_v = tile.block_v(head_k_dim, head_v_dim)
-    programs = num_v_heads * (head_v_dim // block_v)
     normed = z is not None and norm_weight is not None
-    launch(
-        fused_verify_kernel, ((batch + int(zero_padding)) * programs,),
-        p_x=mixed_qkv, p_weight=conv_weight, p_bias=conv_bias, p_conv_state=conv_state, p_a=a, p_b=b, p_A_log=A_log,
-        p_dt_bias=dt_bias, p_state=state, p_indices=state_indices, p_accepted=num_accepted_tokens, p_start=start,
-        p_cu_seqlens=cu_seqlens, p_initial=initial, p_z=z if normed else None,
-        p_norm_weight=norm_weight if normed else None, p_out=out,
-        p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
+    arguments = {
+        "p_x": mixed_qkv, "p_weight": conv_weight, "p_bias": conv_bias, "p_conv_state": conv_state, "p_a": a, "p_b": b,
+        "p_A_log": A_log, "p_dt_bias": dt_bias, "p_state": state, "p_indices": state_indices,
+        "p_accepted": num_accepted_tokens, "p_start": start, "p_cu_seqlens": cu_seqlens, "p_initial": initial,
+        "p_z": z if normed else None, "p_norm_weight": norm_weight if normed else None, "p_out": out,
         **qkv_strides(mixed_qkv, num_k_heads, num_v_heads, head_k_dim, head_v_dim),
         **value_strides("a", a, num_k_heads, num_v_heads), **value_strides("b", b, num_k_heads, num_v_heads),
         **value_strides("z", z if normed else out, num_k_heads, num_v_heads),
-        stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
-        stride_cs_n=conv_state.stride(0), stride_cs_c=conv_state.stride(1), stride_cs_w=conv_state.stride(2),
-        stride_state=state.stride(0), stride_indices=state_indices.stride(0), stride_start=start.stride(0),
-        stride_out_t=out.stride(0), stride_out_h=out.stride(1), has_start=int(start_rows is not None),
-        has_initial=int(has_initial_state is not None), scale=scale, eps=norm_eps, num_sequences=batch,
-        num_tokens=num_tokens, num_slots=num_slots, num_k_heads=num_k_heads, null_index=null_index,
-        is_sigmoid=int(gate == "sigmoid"), zero_padding=int(zero_padding),
-        K=head_k_dim, V=head_v_dim, W=conv_weight.shape[1], RATIO=num_v_heads // num_k_heads, BV=block_v, ROWS=ROWS,
-        num_warps=tile.num_warps, num_stages=1,
+        "stride_w_c": conv_weight.stride(0), "stride_w_t": conv_weight.stride(1),
+        "stride_cs_n": conv_state.stride(0), "stride_cs_c": conv_state.stride(1), "stride_cs_w": conv_state.stride(2),
+        "stride_state": state.stride(0), "stride_indices": state_indices.stride(0), "stride_start": start.stride(0),
+        "stride_out_t": out.stride(0), "stride_out_h": out.stride(1), "has_start": int(start_rows is not None),
+        "has_initial": int(has_initial_state is not None), "scale": scale, "eps": norm_eps, "num_sequences": batch,
+        "num_tokens": num_tokens, "num_slots": num_slots, "num_k_heads": num_k_heads, "null_index": null_index,
+        "is_sigmoid": int(gate == "sigmoid"), "zero_padding": int(zero_padding),
+        "K": head_k_dim, "V": head_v_dim, "W": conv_weight.shape[1], "RATIO": ratio,
+    }  # fmt: skip
+    sequences = batch + int(zero_padding)  # the last are the tokens past cu_seqlens[-1]
+    if config is None and num_slots <= MOST_TOKENS:
+        config = STAGINGS.staging(state, batch, num_k_heads)
+    if isinstance(config, Staging):
+        options = step_options(config, ratio, head_v_dim, num_slots)
+        launch(staged_step_kernel, (sequences * num_k_heads,), **arguments, **options)
+        return
+    tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
+    block_v = tile.block_v(head_k_dim, head_v_dim)
+    programs = num_v_heads * (head_v_dim // block_v)
+    launch(
+        fused_verify_kernel, (sequences * programs,), **arguments,
+        p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
+        BV=block_v, ROWS=ROWS, num_warps=tile.num_warps, num_stages=1,
     )  # fmt: skip
 
 

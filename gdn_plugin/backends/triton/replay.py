@@ -48,6 +48,14 @@ from gdn_plugin.backends.triton.fused_verify import conv_inputs, convolve, norma
 from gdn_plugin.backends.triton.gates import l2_normalise, log_decay, rms_norm_gated, round_to, sigmoid
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
+from gdn_plugin.backends.triton.staged import (
+    MOST_SLOTS,
+    MOST_TOKENS,
+    Staging,
+    Stagings,
+    staged_replay_kernel,
+    step_options,
+)
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -346,6 +354,27 @@ TILES = Tiles(
     }
 )
 
+# The same, staged, rows/buffers/warps(/registers at most), replay_decode at B = 8, 64, 256: bf16 state 64/2/4 -, -,
+# 144; 32/4/4 11, 46, 153; 32/8/8 11, -, 200; fp32 32/2/4/80 -, -, 249; 32/2/4 -, 73, 255; 32/4/4 13, -, 276.
+# replay_verify 64x4, one token accepted: bf16 32/2/4/128 144, 32/4/4 157, 32/4/8/128 153; fp32 32/3/8/128 168,
+# 32/2/4/128 232; 38 and more at 8x4.
+STAGINGS_DECODE = Stagings(
+    {
+        (0, 0, 0, ""): (None, None),
+        (90, 128, 128, "bfloat16"): (None, Staging(64, 2, 4)),
+        (90, 128, 128, "float16"): (None, Staging(64, 2, 4)),
+        (90, 128, 128, "float32"): (None, Staging(32, 2, 4, 80)),
+    }
+)
+STAGINGS_VERIFY = Stagings(
+    {
+        (0, 0, 0, ""): (None, None),
+        (90, 128, 128, "bfloat16"): (None, Staging(32, 2, 4, 128)),
+        (90, 128, 128, "float16"): (None, Staging(32, 2, 4, 128)),
+        (90, 128, 128, "float32"): (None, Staging(32, 3, 8, 128)),
+    }
+)
+
 
 def run(
     *, mixed_qkv: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, conv_state: Tensor, a: Tensor, b: Tensor,
@@ -353,7 +382,7 @@ def run(
     state_indices: Tensor, num_k_heads: int, head_k_dim: int, head_v_dim: int, scale: float, z: Tensor | None,
     norm_weight: Tensor | None, norm_eps: float, gate: str, null_index: int, out: Tensor, zero_padding: bool,
     num_accepted_tokens: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    has_initial_state: Tensor | None = None, config: Tile | None = None,
+    has_initial_state: Tensor | None = None, config: Tile | Staging | None = None,
 ) -> None:  # fmt: skip
     """Packed speculative tokens from mixed_qkv [T, dim] or [T, Hk, dim/Hk] to out [T, Hv, V], state_indices [B].
 
@@ -361,41 +390,52 @@ def run(
     cu_seqlens and num_accepted_tokens every sequence has one token, and one of the step before counts.
 
     Args:
-        config: for a tuning script; else the table's.
+        config: for a tuning script; else the tables'.
     """
     batch, num_v_heads = state_indices.shape[0], A_log.shape[0]
+    ratio = num_v_heads // num_k_heads
+    slots, most = ring_k.shape[1], conv_state.shape[2] - conv_weight.shape[1] + 2
     # A pointer of the right type, whose bytes do not matter: one variant of the kernel serves both. Not the pool's,
     # which may have no rows and no memory.
     initial = has_initial_state
     if initial is None and num_accepted_tokens is not None:
         initial = num_accepted_tokens.view(torch.bool)
-    tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
-    block_v = tile.block_v(head_k_dim, head_v_dim)
-    programs = num_v_heads * (head_v_dim // block_v)
     normed = z is not None and norm_weight is not None
     speculative = cu_seqlens is not None
-    launch(
-        replay_kernel, ((batch + int(zero_padding and speculative)) * programs,),
-        p_x=mixed_qkv, p_weight=conv_weight, p_bias=conv_bias, p_conv_state=conv_state, p_a=a, p_b=b, p_A_log=A_log,
-        p_dt_bias=dt_bias, p_state=state, p_ring_k=ring_k, p_ring_u=ring_u, p_ring_g=ring_g, p_span=ring_span,
-        p_indices=state_indices, p_accepted=num_accepted_tokens, p_cu_seqlens=cu_seqlens,
-        p_initial=initial, p_z=z if normed else None,
-        p_norm_weight=norm_weight if normed else None, p_out=out,
-        p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
+    arguments = {
+        "p_x": mixed_qkv, "p_weight": conv_weight, "p_bias": conv_bias, "p_conv_state": conv_state, "p_a": a, "p_b": b,
+        "p_A_log": A_log, "p_dt_bias": dt_bias, "p_state": state, "p_ring_k": ring_k, "p_ring_u": ring_u,
+        "p_ring_g": ring_g, "p_span": ring_span, "p_indices": state_indices, "p_accepted": num_accepted_tokens,
+        "p_cu_seqlens": cu_seqlens, "p_initial": initial, "p_z": z if normed else None,
+        "p_norm_weight": norm_weight if normed else None, "p_out": out,
         **qkv_strides(mixed_qkv, num_k_heads, num_v_heads, head_k_dim, head_v_dim),
         **value_strides("a", a, num_k_heads, num_v_heads), **value_strides("b", b, num_k_heads, num_v_heads),
         **value_strides("z", z if normed else out, num_k_heads, num_v_heads),
-        stride_w_c=conv_weight.stride(0), stride_w_t=conv_weight.stride(1),
-        stride_cs_n=conv_state.stride(0), stride_cs_c=conv_state.stride(1), stride_cs_w=conv_state.stride(2),
-        stride_state=state.stride(0), stride_rk_n=ring_k.stride(0), stride_ru_n=ring_u.stride(0),
-        stride_rg_n=ring_g.stride(0), stride_span=ring_span.stride(0), stride_indices=state_indices.stride(0),
-        stride_out_t=out.stride(0), stride_out_h=out.stride(1), has_initial=int(has_initial_state is not None),
-        scale=scale, eps=norm_eps, num_sequences=batch, num_tokens=a.shape[0], slots=ring_k.shape[1],
-        most=conv_state.shape[2] - conv_weight.shape[1] + 2, num_k_heads=num_k_heads, null_index=null_index,
-        is_sigmoid=int(gate == "sigmoid"), zero_padding=int(zero_padding),
-        K=head_k_dim, V=head_v_dim, W=conv_weight.shape[1], RATIO=num_v_heads // num_k_heads, BV=block_v,
-        RB=triton.next_power_of_2(ring_k.shape[1]), ROWS=ROWS if speculative else 1, num_warps=tile.num_warps,
-        num_stages=1,
+        "stride_w_c": conv_weight.stride(0), "stride_w_t": conv_weight.stride(1),
+        "stride_cs_n": conv_state.stride(0), "stride_cs_c": conv_state.stride(1), "stride_cs_w": conv_state.stride(2),
+        "stride_state": state.stride(0), "stride_rk_n": ring_k.stride(0), "stride_ru_n": ring_u.stride(0),
+        "stride_rg_n": ring_g.stride(0), "stride_span": ring_span.stride(0), "stride_indices": state_indices.stride(0),
+        "stride_out_t": out.stride(0), "stride_out_h": out.stride(1), "has_initial": int(has_initial_state is not None),
+        "scale": scale, "eps": norm_eps, "num_sequences": batch, "num_tokens": a.shape[0], "slots": slots, "most": most,
+        "num_k_heads": num_k_heads, "null_index": null_index, "is_sigmoid": int(gate == "sigmoid"),
+        "zero_padding": int(zero_padding), "K": head_k_dim, "V": head_v_dim, "W": conv_weight.shape[1], "RATIO": ratio,
+        "RB": triton.next_power_of_2(slots),
+    }  # fmt: skip
+    sequences = batch + int(zero_padding and speculative)  # the last are the tokens past cu_seqlens[-1]
+    if config is None and slots <= MOST_SLOTS and most <= MOST_TOKENS:
+        stagings = STAGINGS_VERIFY if speculative else STAGINGS_DECODE
+        config = stagings.staging(state, batch, num_k_heads, (ring_k, ring_u))
+    if isinstance(config, Staging):
+        options = step_options(config, ratio, head_v_dim, most if speculative else 1)
+        launch(staged_replay_kernel, (sequences * num_k_heads,), **arguments, **options)
+        return
+    tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
+    block_v = tile.block_v(head_k_dim, head_v_dim)
+    programs = num_v_heads * (head_v_dim // block_v)
+    launch(
+        replay_kernel, (sequences * programs,), **arguments,
+        p_counters=counters(mixed_qkv.device, batch * num_k_heads) if programs > num_k_heads else None,
+        BV=block_v, ROWS=ROWS if speculative else 1, num_warps=tile.num_warps, num_stages=1,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_plugin.backends.triton.configs import FEW_HEADS
 from gdn_plugin.backends.triton.launch import Launch, interpreting, recorded
 from gdn_plugin.ops.cases import case
 from gdn_plugin.ops.record import dtype_name
@@ -197,7 +198,9 @@ def _launches(
     state: Tensor | None = None,
 ) -> dict[Hashable, Launch]:
     with recorded(sm) as recording:
-        for lens in SHAPES:
+        # What lies between few and many heads (see configs and staged).
+        some = -(-FEW_HEADS // problem.num_v_heads)
+        for lens in (*SHAPES, [1] * some):
             tokens = [1] * len(lens) if PHASE_OF_OP[problem.op] in ("decode", "verify") else lens
             arguments = case(problem, tokens, device="meta").arguments()
             if state is not None and arguments.get("state") is not None:

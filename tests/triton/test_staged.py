@@ -1,0 +1,66 @@
+"""The staged kernels as Triton compiles them: which calls they serve, and what they need. GPUs run them: tests/gpu."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gdn_plugin.backends.triton import fused_decode, fused_verify, replay
+from gdn_plugin.backends.triton.launch import recorded
+from gdn_plugin.backends.triton.variants import pretended
+from gdn_plugin.ops import cases
+from gdn_plugin.ops.cases import Heads
+
+BF16, FP32 = torch.bfloat16, torch.float32
+QWEN = Heads(16, 32, 128, 128)
+SHARED_MEMORY = 227 << 10  # a program's at most on compute capability 9.0
+MODULES = {"fused_decode": fused_decode, "fused_verify": fused_verify, "replay_decode": replay, "replay_verify": replay}
+
+
+def launched(op, batch, heads=QWEN, state=BF16, sm=90, **given):
+    given = {"page_tail": 64, "device": "meta", **given}
+    if op.startswith("replay"):
+        given.setdefault("ring", 16)
+    first = batch if op.endswith("decode") else (4,) * batch
+    call = getattr(cases, f"{op}_case")(first, heads, BF16, state, **given).arguments()
+    with recorded(sm) as recording:
+        MODULES[op].run(**{"zero_padding": False, **call})
+    (launch,) = recording.launches
+    return launch
+
+
+def is_staged(op, batch, *args, **given):
+    return launched(op, batch, *args, **given).kernel.__name__.startswith("staged")
+
+
+@pytest.mark.parametrize("op", MODULES)
+def test_who_is_served(op):
+    assert is_staged(op, 64)
+    assert not is_staged(op, 1), "few heads"
+    assert not is_staged(op, 64, sm=80), "a GPU that was not measured"
+    assert not is_staged(op, 64, Heads(16, 48, 128, 128)), "three value heads a key head"
+    assert not is_staged(op, 64, Heads(16, 32, 64, 64)), "dims that were not measured"
+    if op.startswith("fused"):
+        assert not is_staged(op, 64, page_tail=4), "rows that are not aligned"
+    if op.startswith("replay"):
+        assert not is_staged(op, 64, ring=40), "a ring that registers do not hold"
+        assert not is_staged(op, 8), "slower there"
+    if op.endswith("verify"):
+        assert not is_staged(op, 64, slots=9), "more tokens than are unrolled"
+
+
+@pytest.mark.parametrize("op", MODULES)
+@pytest.mark.parametrize("heads", [(16, 16), (16, 32), (8, 32)], ids=lambda x: "x".join(map(str, x)))
+@pytest.mark.parametrize("state", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("batch", [16, 128])
+def test_a_program_fits(op, heads, state, batch):
+    launch = launched(op, batch, Heads(*heads, 128, 128), state)
+    if not launch.kernel.__name__.startswith("staged"):
+        assert state == FP32 or op.startswith("replay"), "half-precision states are staged"
+        return
+    with pretended(90):
+        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+    assert compiled.metadata.shared <= SHARED_MEMORY
+    ratio = heads[1] // heads[0]
+    assert launch.arguments["num_warps"] * 32 <= ratio * 128, "a channel would be two threads'"
+    assert launch.grid == (batch * heads[0],)
