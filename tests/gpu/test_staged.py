@@ -1,110 +1,27 @@
-"""The kernels that stage states through shared memory, against the float64 reference. No interpreter runs them."""
+"""tests/triton/test_staged_numbers.py on a GPU, and what only a GPU shows: which threads see what others wrote."""
 
 from __future__ import annotations
-
-from functools import partial
 
 import pytest
 import torch
 
-from gdn_plugin.backends.triton import fused_decode, fused_verify, replay
-from gdn_plugin.backends.triton.staged import Staging, Stagings
 from gdn_plugin.ops import cases
-from gdn_plugin.ops.cases import Heads
 from tests.support.checks import check
-
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-QWEN = Heads(4, 8, 128, 128)
-ALL, FEW_BUFFERS = Staging(64, 8, 8), Staging(32, 2, 4)
-STEP = {"fused_decode": fused_decode, "fused_verify": fused_verify, "replay_decode": replay, "replay_verify": replay}
-TABLES: dict[str, Stagings] = {
-    "fused_decode": fused_decode.STAGINGS, "fused_verify": fused_verify.STAGINGS,
-    "replay_decode": replay.STAGINGS_DECODE, "replay_verify": replay.STAGINGS_VERIFY,
-}  # fmt: skip
-DECODES = ("fused_decode", "replay_decode")
+from tests.triton import test_staged_numbers as numbers
+from tests.triton.test_staged_numbers import *  # noqa: F403
+from tests.triton.test_staged_numbers import BF16, FP32, QWEN, STEP, TABLES, case
 
 
-def staged(op, staging=FEW_BUFFERS):
-    return partial(STEP[op].run, config=staging)
-
-
-def case(op, lens=(3, 1, 4, 0, 2), heads=QWEN, io=BF16, state=BF16, **given):
-    """Pages of the alignment that copies of 16 bytes want; of an op without ragged lengths one token each."""
-    if op in DECODES:
-        for name in ("pad_tokens", "fresh", "slots", "accepted", "start_rows"):
-            given.pop(name, None)
-        return getattr(cases, f"{op}_case")(len(lens), heads, io, state, page_tail=64, device="cuda", **given)
-    return getattr(cases, f"{op}_case")(lens, heads, io, state, page_tail=64, device="cuda", **given)
-
-
-@pytest.mark.parametrize("op", STEP)
-@pytest.mark.parametrize("heads", [(1, 1), (2, 4), (2, 8)], ids=lambda x: "x".join(map(str, x)))
-@pytest.mark.parametrize("staging", [ALL, FEW_BUFFERS], ids=["all", "two"])
-@pytest.mark.parametrize("io,state", [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)], ids=str)
-def test_heads_and_dtypes(backend_function, op, heads, staging, io, state):
-    if state == FP32 and staging is ALL:
-        staging = Staging(32, 8, 8)  # 64 rows of fp32 are more than a program may have
-    given = {"fresh": (1,), "pad_tokens": 3}
-    check(staged(op, staging), case(op, heads=Heads(*heads, 128, 128), io=io, state=state, **given))
-
-
-@pytest.mark.parametrize("op", STEP)
-@pytest.mark.parametrize("layout", ["DS", "SD"])
-@pytest.mark.parametrize("width", [2, 3, 4, 8])
-def test_conv_layouts(backend_function, op, layout, width):
-    check(staged(op), case(op, layout=layout, width=width, conv_dtype=FP32, extra_columns=2, bias=width != 3))
-
-
-@pytest.mark.parametrize("op", STEP)
-@pytest.mark.parametrize("zero_padding", [True, False], ids=["returning", "out"])
-@pytest.mark.parametrize("null_index", [-1, 0])
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "plain"])
-def test_padding_and_strides(backend_function, op, zero_padding, null_index, norm):
-    given = {"padding": (1, 4), "pad_tokens": 3, "null_index": null_index, "index_stride": 3, "gap": 8, "norm": norm}
-    check(staged(op), case(op, gate="sigmoid", fresh=(2,), **given), zero_padding=zero_padding)
-
-
-@pytest.mark.parametrize("op", STEP)
-def test_a_host_page_of_interleaved_projections(backend_function, op):
-    check(staged(op), case(op, interleaved=True, shared=True, layout="SD", bias=False))
-
-
-@pytest.mark.parametrize("op", ["fused_verify", "replay_verify"])
-@pytest.mark.parametrize("length", [1, 2, 5, 8])
-@pytest.mark.parametrize("accepted", [1, 2, 8])
-def test_the_window_moves_by_what_was_accepted(backend_function, op, length, accepted):
-    given = {"ring": 32} if op == "replay_verify" else {}
-    check(staged(op), case(op, (length, 8), slots=8, accepted=(accepted, 1), **given))
-
-
-def test_fused_verify_from_start_rows_and_past_null_slots(backend_function):
-    check(staged("fused_verify"), case("fused_verify", (2, 3, 0, 1), start_rows=True, fresh=(3,)))
-    check(staged("fused_verify"), case("fused_verify", (4, 4), accepted=(1, 2), null_slots=((0, 2), (1, 3))))
-
-
-@pytest.mark.parametrize("ring", [6, 8, 32])
-def test_every_fill_of_a_ring(backend_function, ring):
-    check(staged("replay_decode"), case("replay_decode", (1,) * ring, ring=ring, held=range(ring)))
-    fills = range(1, ring - 2)
-    given = {"ring": ring, "slots": 3, "held": fills, "accepted": [2] * len(fills)}
-    check(staged("replay_verify"), case("replay_verify", [1 + i % 3 for i in fills], **given))
-
-
-@pytest.mark.parametrize("slot", [0, 3, 6], ids=["oldest", "middle", "newest"])
-@pytest.mark.parametrize("ring", [8, 9, 16], ids=lambda n: f"ring{n}")
-def test_an_update_that_wiped_the_state(backend_function, slot, ring):
-    """Leaves neither what was before it nor NaN, in rings that go on and in one that folds."""
-    wiped = case("replay_decode", (1, 1, 1), ring=ring, held=(7, 7, 7))
-    ring_g, span = wiped.pools["ring_g"].view, wiped.pools["ring_span"].view
-    for row in wiped.args["state_indices"].long():
-        ring_g[row, (span[row, 0, 0] + slot) % ring, 0] = -float("inf")
-    check(staged("replay_decode"), wiped)
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    """Nothing is: cases are on the GPU."""
+    monkeypatch.setattr(numbers, "DEVICE", "cuda")
 
 
 @pytest.mark.parametrize("op", STEP)
 @pytest.mark.parametrize("state", [BF16, FP32], ids=str)
 @pytest.mark.parametrize("batch", [32, 129, 257])
-def test_what_the_table_picks_at_every_batch(backend_function, op, state, batch):
+def test_what_the_table_picks_at_every_batch(op, state, batch):
     """Through the launcher, again and again: what is overwritten before it was read shows as an error that moves."""
     given = {"fresh": range(0, batch, 5), "layout": "SD"}
     if op.startswith("replay"):
@@ -114,7 +31,7 @@ def test_what_the_table_picks_at_every_batch(backend_function, op, state, batch)
         check(STEP[op].run, made)
 
 
-def test_the_table_asks_for_alignment(backend_function):
+def test_the_table_asks_for_alignment():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("stagings are measured on compute capability 9.0 alone")
     aligned = case("fused_decode", (1,) * 64).arguments()["state"]

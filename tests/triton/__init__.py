@@ -1,1 +1,1 @@
-COMPILED = ("test_variants.py", "test_staged.py")
+COMPILED = ("test_variants.py", "test_staged.py", "test_staged_numbers.py")

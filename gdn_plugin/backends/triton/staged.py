@@ -8,10 +8,10 @@ then goes through them tile by tile, asking for the next where one is done with.
 shared between programs, so there are no tickets; and the norm has a head's whole V.
 
 This is Gluon, Triton's own language with layouts said: a Triton program can neither start a copy early and wait late
-outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). The
-interpreter does not run it, so it is tested on GPUs alone (tests/gpu/test_staged.py); machines without one only compile
-it. A launcher asks `staging` and takes its own kernel where that has none: other GPUs and dims, few heads, value heads
-that are no power of two, pools whose rows are not aligned, long rings.
+outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). Triton's
+interpreter does not know it; tests/support/gluon_on_cpu.py does. A launcher asks `staging` and takes its own kernel
+where that has none: other GPUs and dims, few heads, value heads that are no power of two, pools whose rows are not
+aligned, long rings.
 
 Layouts, NW warps, VEC elements of a state in 16 bytes:
     TILE     [BV, K] of a state: 8 lanes along K, so that a row's sum takes three shuffles and a thread has K/8 of a row
