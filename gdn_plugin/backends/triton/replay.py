@@ -33,7 +33,7 @@ At B = 256, L = 1, Hk 16, Hv 32, K = V = 128, R = 16 and 2 bytes everywhere, n =
 folds) + 13 = 326 MB, 97 us at 3.35 TB/s, where fused_decode moves 550 MB, 164 us. The ring's k is asked for by every
 program of its group, Hv/Hk * V/BV of them, from L1 or L2 all but once: 4 KB at n = 8 beside the 8 KB of a program's own
 anchor at BV = 32. Operations: 4 an anchor element and token, and 4 (K + BV) an update and program; at BV = 32, n = 8 a
-third of the anchor's. Measured: 230 us there, so bytes do not bind it (see TILES).
+third of the anchor's. Measured: 230 us there, so bytes do not bind it (see TILES); staged (see staged.py), 144.
 """
 
 from __future__ import annotations
