@@ -271,7 +271,12 @@ def gluon_on_cpu(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> Iterator[lis
         seen.append(kernel.fn.__name__)
         return interpret(kernel, grid, arguments)
 
-    with monkeypatch.context() as patched:
-        for module in modules:
-            patched.setattr(module, "launch", launched)
-        yield seen
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a program's operations are small: handing them out costs more than they do
+    try:
+        with monkeypatch.context() as patched:
+            for module in modules:
+                patched.setattr(module, "launch", launched)
+            yield seen
+    finally:
+        torch.set_num_threads(threads)
