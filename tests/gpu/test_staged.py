@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from gdn_plugin.ops import cases
 from tests.support.checks import check
 from tests.triton import test_staged_numbers as numbers
