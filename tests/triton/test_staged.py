@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gdn_plugin.backends.triton import fused_decode, fused_verify, replay
+from gdn_plugin.backends.triton import fused_decode, fused_verify, replay, staged
 from gdn_plugin.backends.triton.launch import recorded
 from gdn_plugin.backends.triton.variants import pretended
 from gdn_plugin.ops import cases
@@ -31,6 +31,11 @@ def launched(op, batch, heads=QWEN, state=BF16, sm=90, **given):
 
 def is_staged(op, batch, *args, **given):
     return launched(op, batch, *args, **given).kernel.__name__.startswith("staged")
+
+
+def test_an_older_triton_is_served_by_the_other_kernels(monkeypatch):
+    monkeypatch.setattr(staged, "KNOWN", False)
+    assert not is_staged("fused_decode", 64)
 
 
 @pytest.mark.parametrize("op", MODULES)

@@ -10,8 +10,8 @@ shared between programs, so there are no tickets; and the norm has a head's whol
 This is Gluon, Triton's own language with layouts said: a Triton program can neither start a copy early and wait late
 outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). Triton's
 interpreter does not know it; tests/support/gluon_on_cpu.py does. A launcher asks `staging` and takes its own kernel
-where that has none: other GPUs and dims, few heads, value heads that are no power of two, pools whose rows are not
-aligned, long rings.
+where that has none: other GPUs and dims, an older Triton, few heads, value heads that are no power of two, pools whose
+rows are not aligned, long rings.
 
 Layouts, NW warps, VEC elements of a state in 16 bytes:
     TILE     [BV, K] of a state: 8 lanes along K, so that a row's sum takes three shuffles and a thread has K/8 of a row
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import triton
+from packaging.version import Version
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -39,6 +40,7 @@ MANY_HEADS = 1024  # (sequence, value head) pairs from which a call has "many"; 
 MOST_TOKENS = 8  # a sequence; more are not unrolled
 MOST_SLOTS = 32  # of a ring, which a thread has in registers
 
+KNOWN = Version(triton.__version__) >= Version("3.6")  # what 3.5 calls Gluon does not compile these kernels
 # Renamed between triton 3.6 and 3.9.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -70,7 +72,7 @@ class Stagings(Table[tuple[Staging | None, Staging | None]]):
         num_v_heads, V, K = state.shape[1:]
         ratio = num_v_heads // num_k_heads
         heads = num_sequences * num_v_heads
-        if heads < FEW_HEADS or ratio not in (1, 2, 4):
+        if not KNOWN or heads < FEW_HEADS or ratio not in (1, 2, 4):
             return None
         if any(x.data_ptr() % 16 or x.stride(0) % 16 for x in (state, *others)):
             return None  # a copy is of 16 bytes; Triton tells alignment by 16 elements
