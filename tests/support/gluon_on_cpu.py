@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.language import PropagateNan
 
 
 class Dtype:
@@ -224,7 +225,8 @@ def language(program: int) -> types.SimpleNamespace:
         **{str(x).removeprefix("torch."): dtype for x, dtype in DTYPES.items()},
         **{name: of_one(getattr(torch, name)) for name in ("exp", "exp2", "log", "rsqrt", "zeros_like")},
         minimum=of_two(torch.minimum), maximum=of_two(torch.maximum), load=load, store=store, where=where,
-        associative_scan=scan, allocate_shared_memory=allocate, static_range=range, constexpr=lambda x: x,
+        associative_scan=scan, PropagateNan=PropagateNan,
+        allocate_shared_memory=allocate, static_range=range, constexpr=lambda x: x,
         BlockedLayout=lambda *a: None, SliceLayout=lambda *a: None, SwizzledSharedLayout=lambda *a: None,
         convert_layout=lambda x, layout: x, sum=lambda x, axis: Value(x.x.sum(axis)),
         program_id=lambda axis: Value(torch.tensor(program, dtype=torch.int32)),
@@ -252,8 +254,9 @@ def interpret(kernel: GluonJITFunction, grid: tuple[int, ...], arguments: dict[s
         for name, x in list(namespace.items()):
             if isinstance(x, GluonJITFunction):
                 namespace[name] = types.FunctionType(x.fn.__code__, namespace, name, x.fn.__defaults__)
-        namespace |= {"gl": language(program), "async_copy": copies, "copy_to_shared": copies.copy_to_shared,
-                      "barrier": lambda: None}  # fmt: skip
+        # Arithmetic that Triton's kernels have as well takes it from tl.
+        namespace["gl"] = namespace["tl"] = language(program)
+        namespace |= {"async_copy": copies, "copy_to_shared": copies.copy_to_shared, "barrier": lambda: None}
         namespace[kernel.fn.__name__](**given)
         copies.wait_group(0)
 

@@ -33,6 +33,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from gdn_plugin.backends.triton import gates
 from gdn_plugin.backends.triton.configs import FEW_HEADS, Table
 from gdn_plugin.backends.triton.launch import counted, device_sm
 
@@ -44,6 +45,11 @@ KNOWN = Version(triton.__version__) >= Version("3.6")  # what 3.5 calls Gluon do
 # Renamed between triton 3.6 and 3.9.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
+# Arithmetic has no layout: what the other kernels compile with is compiled here as well.
+log_decay, sigmoid, silu, rms_norm_gated = (
+    gluon.jit(function.fn) for function in (gates.log_decay, gates.sigmoid, gates.silu, gates.rms_norm_gated)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +83,6 @@ class Stagings(Table[tuple[Staging | None, Staging | None]]):
         if any(x.data_ptr() % 16 or x.stride(0) % 16 for x in (state, *others)):
             return None  # a copy is of 16 bytes; Triton tells alignment by 16 elements
         return self.lookup(device_sm(state.device), K, V, state.dtype)[heads >= MANY_HEADS]
-
-
-@gluon.jit
-def log_decay(a, A_log, dt_bias):
-    x = a + dt_bias
-    e = gl.exp(gl.minimum(x, 20.0, propagate_nan=gl.constexpr(triton.language.PropagateNan.ALL)))
-    u = 1.0 + e
-    log1p = gl.where(u == 1.0, e, gl.log(u) * (e / gl.where(u == 1.0, 1.0, u - 1.0)))
-    return -gl.exp(A_log) * gl.where(x > 20.0, x, log1p)
 
 
 @gluon.jit
@@ -143,8 +140,30 @@ def convolved(
         if i > 1:
             wanted = wanted & (o_t == length - 1)
         gl.store(p_new, taps[i].to(p_new.dtype.element_ty), mask=wanted)
-    r = gl.rsqrt(1.0 + gl.exp2(acc * -1.4426950408889634))
-    return (acc * r * r).to(p_x.dtype.element_ty)
+    return silu(acc).to(p_x.dtype.element_ty)
+
+
+@gluon.jit
+def convolved_group(
+    p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
+    first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads,
+    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, RATIO: gl.constexpr, L: gl.constexpr, TOKENS: gl.constexpr,
+):  # fmt: skip
+    """(q beside k [L, 2K], the v of all value heads [L, RATIO * V]) of key head i_hk, convolved."""
+    o_t = gl.arange(0, L, layout=gl.SliceLayout(1, TOKENS))[:, None]
+    o_c = gl.arange(0, 2 * K, layout=gl.SliceLayout(0, TOKENS))
+    o_x = i_hk * stride_x_k + o_c // K * first_k + o_c % K
+    b_qk = convolved(
+        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, (o_c // K * num_k_heads + i_hk) * K + o_c % K, length,
+        fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
+    )  # fmt: skip
+    o_c = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, TOKENS))
+    o_x = first_v + i_hk * stride_x_v + o_c
+    b_v = convolved(
+        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, 2 * num_k_heads * K + i_hk * (RATIO * V) + o_c,
+        length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
+    )  # fmt: skip
+    return b_qk, b_v
 
 
 @gluon.jit
@@ -157,11 +176,9 @@ def normalised(x, L: gl.constexpr, K: gl.constexpr):
 
 @gluon.jit
 def gated_norm(o, p_z, p_norm_weight, o_r, o_v, stride_z_h, V: gl.constexpr, eps, is_sigmoid):
-    """RMSNorm over V of o [RATIO, V], times weight and sigmoid(z) or silu(z)."""
+    """`rms_norm_gated` of o [RATIO, V], z and weight where they lie."""
     z = gl.load(p_z + o_r[:, None] * stride_z_h + o_v[None, :]).to(gl.float32)
-    weight = gl.load(p_norm_weight + o_v).to(gl.float32)
-    o = o * gl.rsqrt(gl.sum(o * o, axis=1) / V + eps)[:, None] * weight[None, :]
-    return o * (gl.where(is_sigmoid != 0, 1.0, z) / (1.0 + gl.exp(-z)))
+    return rms_norm_gated(o, z, gl.load(p_norm_weight + o_v).to(gl.float32), V, eps, is_sigmoid)
 
 
 @gluon.jit
@@ -253,21 +270,12 @@ def staged_step_kernel(
         copy_to_shared(s_state.index(i), p_s + i * (BV * K))
         async_copy.commit_group()
 
-    o_t = gl.arange(0, L, layout=gl.SliceLayout(1, TOKENS))[:, None]
     p_x += start * stride_x
     p_conv_state += first_row * stride_cs_n
     p_history = p_conv_state + first_column * stride_cs_w
-    o_c = gl.arange(0, 2 * K, layout=gl.SliceLayout(0, TOKENS))
-    o_x = i_hk * stride_x_k + o_c // K * first_k + o_c % K
-    b_qk = convolved(
-        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, (o_c // K * num_k_heads + i_hk) * K + o_c % K, length,
-        fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
-    )  # fmt: skip
-    o_c = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, TOKENS))
-    o_x = first_v + i_hk * stride_x_v + o_c
-    b_v = convolved(
-        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, 2 * num_k_heads * K + i_hk * (RATIO * V) + o_c,
-        length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
+    b_qk, b_v = convolved_group(
+        p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
+        first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads, K, V, W, RATIO, L, TOKENS,
     )  # fmt: skip
     s_qk = gl.allocate_shared_memory(IO, [L, 2 * K], PLAIN)
     s_qk.store(normalised(b_qk, L, K))
@@ -288,7 +296,7 @@ def staged_step_kernel(
             decay = decay + (
                 gl.exp(log_decay(gl.load(p_a + i_t * stride_a_t + r * stride_a_h).to(gl.float32), A_log, dt_bias)),
             )
-            beta = beta + (1.0 / (1.0 + gl.exp(-gl.load(p_b + i_t * stride_b_t + r * stride_b_h).to(gl.float32))),)
+            beta = beta + (sigmoid(gl.load(p_b + i_t * stride_b_t + r * stride_b_h).to(gl.float32)),)
         if VERIFY:
             target = target + (gl.load(p_indices + i_b * stride_indices + gl.minimum(t, num_slots - 1)).to(gl.int64),)
         else:
@@ -469,21 +477,12 @@ def staged_replay_kernel(
     )  # of the update behind
     oldest = gl.load(p_ring_g + first * num_v_heads + gl.arange(0, RATIO, layout=gl.SliceLayout(0, WEIGHTS)))
 
-    o_t = gl.arange(0, L, layout=gl.SliceLayout(1, TOKENS))[:, None]
     p_x += start * stride_x
     p_conv_state += row * stride_cs_n
     p_history = p_conv_state + (accepted - 1) * stride_cs_w
-    o_c = gl.arange(0, 2 * K, layout=gl.SliceLayout(0, TOKENS))
-    o_x = i_hk * stride_x_k + o_c // K * first_k + o_c % K
-    b_qk = convolved(
-        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, (o_c // K * num_k_heads + i_hk) * K + o_c % K, length,
-        fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
-    )  # fmt: skip
-    o_c = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, TOKENS))
-    o_x = first_v + i_hk * stride_x_v + o_c
-    b_v = convolved(
-        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, 2 * num_k_heads * K + i_hk * (RATIO * V) + o_c,
-        length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
+    b_qk, b_v = convolved_group(
+        p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
+        first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads, K, V, W, RATIO, L, TOKENS,
     )  # fmt: skip
     s_qk = gl.allocate_shared_memory(IO, [L, 2 * K], PLAIN)
     s_qk.store(normalised(b_qk, L, K))
@@ -491,18 +490,18 @@ def staged_replay_kernel(
     s_v.reshape([L, RATIO * V]).store(b_v)
     s_p = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, V], PLAIN)  # S_0 k and S_0 q of each token
 
-    # gates [RATIO] of each token, in the layout of the weights
+    # g [RATIO] of each token, in the layout of the weights
     p_a += start * stride_a_t + i_hk * stride_a_k
     p_b += start * stride_b_t + i_hk * stride_b_k
     o_h = gl.arange(0, RATIO, layout=gl.SliceLayout(0, WEIGHTS))
     A_log = gl.load(p_A_log + i_hk * RATIO + o_h).to(gl.float32)
     dt_bias = gl.load(p_dt_bias + i_hk * RATIO + o_h).to(gl.float32)
-    gates = ()
+    g = ()
     beta = ()
     for t in gl.static_range(L):
         i_t = gl.minimum(t, length - 1)
-        gates = gates + (log_decay(gl.load(p_a + i_t * stride_a_t + o_h * stride_a_h).to(gl.float32), A_log, dt_bias),)
-        beta = beta + (1.0 / (1.0 + gl.exp(-gl.load(p_b + i_t * stride_b_t + o_h * stride_b_h).to(gl.float32))),)
+        g = g + (log_decay(gl.load(p_a + i_t * stride_a_t + o_h * stride_a_h).to(gl.float32), A_log, dt_bias),)
+        beta = beta + (sigmoid(gl.load(p_b + i_t * stride_b_t + o_h * stride_b_h).to(gl.float32)),)
 
     folds = fresh | (held + 2 * most > slots)
     behind = gl.convert_layout(gl.associative_scan(b_rg, 0, plus, reverse=True), WEIGHTS)
@@ -574,8 +573,8 @@ def staged_replay_kernel(
             b_rk = gl.where((o_jt == new_held + t)[:, None], k_t, b_rk)
             dot_k = gl.convert_layout(gl.sum(b_rk_t * k_t, axis=1), gl.SliceLayout(1, WEIGHTS))
             dot_q = gl.convert_layout(gl.sum(b_rk * q_t, axis=1), gl.SliceLayout(1, WEIGHTS))
-            behind += gates[t][None, :]
-            left += gates[t]
+            behind += g[t][None, :]
+            left += g[t]
             b_w = gl.exp(behind)
             mine = o_jr == new_held + t
             with_k = b_w * dot_k[:, None]
@@ -592,7 +591,7 @@ def staged_replay_kernel(
             slot_t = new_first + new_held + t
             slot_t = gl.where(slot_t >= slots, slot_t - slots, slot_t)
             gl.store(p_ring_u + slot_t * (num_v_heads * V) + o_u, u_t.to(UPDATE))
-            gl.store(p_ring_g + slot_t * num_v_heads + o_h, gates[t])
+            gl.store(p_ring_g + slot_t * num_v_heads + o_h, g[t])
             p_new = p_ring_k + slot_t * (num_k_heads * K) + o_k[None, :] + gl.arange(0, 1, layout=BY_V)[:, None]
             gl.store(p_new, k_t.to(p_ring_k.dtype.element_ty))
             if NORM:
