@@ -191,6 +191,11 @@ def scan(x: Value, axis: int, combine: Callable[[Any, Any], Any], reverse: bool 
     return Value(found.flip(axis) if reverse else found)
 
 
+def matrix_product(a: Value, b: Value, accumulator: Value) -> Value:
+    assert a.x.dtype == b.x.dtype
+    return Value(accumulator.x + a.x.float() @ b.x.float())
+
+
 def where(condition: Any, a: Any, b: Any) -> Any:
     a, b = (torch.tensor(x) if not isinstance(x, Tensor) else x for x in (raw(a), raw(b)))
     if a.dim() == 0 and b.dim() and a.is_floating_point() == b.is_floating_point():
@@ -225,7 +230,7 @@ def language(program: int) -> types.SimpleNamespace:
         **{name: of_one(getattr(torch, name)) for name in ("exp", "exp2", "log", "rsqrt", "zeros_like")},
         minimum=of_two(torch.minimum), maximum=of_two(torch.maximum), load=load, store=store, where=where,
         associative_scan=scan, allocate_shared_memory=allocate, static_range=range, constexpr=lambda x: x,
-        BlockedLayout=lambda *a: None, SliceLayout=lambda *a: None, SwizzledSharedLayout=lambda *a: None,
+        NVMMADistributedLayout=lambda *a: None, DotOperandLayout=lambda *a: None, BlockedLayout=lambda *a: None, SliceLayout=lambda *a: None, SwizzledSharedLayout=lambda *a: None,
         convert_layout=lambda x, layout: x, sum=lambda x, axis: Value(x.x.sum(axis)),
         program_id=lambda axis: Value(torch.tensor(program, dtype=torch.int32)),
         arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
@@ -252,7 +257,7 @@ def interpret(kernel: GluonJITFunction, grid: tuple[int, ...], arguments: dict[s
         for name, x in list(namespace.items()):
             if isinstance(x, GluonJITFunction):
                 namespace[name] = types.FunctionType(x.fn.__code__, namespace, name, x.fn.__defaults__)
-        namespace |= {"gl": language(program), "async_copy": copies, "copy_to_shared": copies.copy_to_shared,
+        namespace |= {"gl": language(program), "async_copy": copies, "copy_to_shared": copies.copy_to_shared, "mma_v2": matrix_product,
                       "barrier": lambda: None}  # fmt: skip
         namespace[kernel.fn.__name__](**given)
         copies.wait_group(0)
@@ -271,7 +276,12 @@ def gluon_on_cpu(monkeypatch: pytest.MonkeyPatch, *modules: Any) -> Iterator[lis
         seen.append(kernel.fn.__name__)
         return interpret(kernel, grid, arguments)
 
-    with monkeypatch.context() as patched:
-        for module in modules:
-            patched.setattr(module, "launch", launched)
-        yield seen
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a program's operations are small: handing them out costs more than they do
+    try:
+        with monkeypatch.context() as patched:
+            for module in modules:
+                patched.setattr(module, "launch", launched)
+            yield seen
+    finally:
+        torch.set_num_threads(threads)

@@ -41,7 +41,7 @@ from gdn_plugin.backends.triton.gates import (
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
-from gdn_plugin.backends.triton.staged import Staging, Stagings, staged_step_kernel, step_options
+from gdn_plugin.backends.triton.staged import NO_RING, Staging, Stagings, staged_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -279,7 +279,7 @@ def run(
     config = config or STAGINGS.staging(state, batch, num_k_heads)
     if isinstance(config, Staging):
         launch(
-            staged_step_kernel, (batch * num_k_heads,), **arguments, p_accepted=None, p_start=None, p_cu_seqlens=None,
+            staged_kernel, (batch * num_k_heads,), **arguments, **NO_RING, p_accepted=None, p_start=None, p_cu_seqlens=None,
             p_initial=None, stride_start=0, has_start=0, has_initial=0, num_sequences=batch, num_tokens=batch,
             num_slots=1, **step_options(config, ratio, head_v_dim, 1),
         )  # fmt: skip

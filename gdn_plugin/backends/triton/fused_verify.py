@@ -55,7 +55,7 @@ from gdn_plugin.backends.triton.gates import (
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
-from gdn_plugin.backends.triton.staged import MOST_TOKENS, Staging, Stagings, staged_step_kernel, step_options
+from gdn_plugin.backends.triton.staged import MOST_TOKENS, NO_RING, Staging, Stagings, staged_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -356,7 +356,7 @@ def run(
         config = STAGINGS.staging(state, batch, num_k_heads)
     if isinstance(config, Staging):
         options = step_options(config, ratio, head_v_dim, num_slots)
-        launch(staged_step_kernel, (sequences * num_k_heads,), **arguments, **options)
+        launch(staged_kernel, (sequences * num_k_heads,), **arguments, **NO_RING, **options)
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
     block_v = tile.block_v(head_k_dim, head_v_dim)

@@ -33,7 +33,7 @@ At B = 256, L = 1, Hk 16, Hv 32, K = V = 128, R = 16 and 2 bytes everywhere, n =
 folds) + 13 = 326 MB, 97 us at 3.35 TB/s, where fused_decode moves 550 MB, 164 us. The ring's k is asked for by every
 program of its group, Hv/Hk * V/BV of them, from L1 or L2 all but once: 4 KB at n = 8 beside the 8 KB of a program's own
 anchor at BV = 32. Operations: 4 an anchor element and token, and 4 (K + BV) an update and program; at BV = 32, n = 8 a
-third of the anchor's. Measured: 230 us there, so bytes do not bind it (see TILES).
+third of the anchor's. Measured: 230 us there, so bytes do not bind it (see TILES); staged (see staged.py), 144.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ from gdn_plugin.backends.triton.staged import (
     MOST_TOKENS,
     Staging,
     Stagings,
-    staged_replay_kernel,
+    staged_kernel,
     step_options,
 )
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
@@ -426,8 +426,11 @@ def run(
         stagings = STAGINGS_VERIFY if speculative else STAGINGS_DECODE
         config = stagings.staging(state, batch, num_k_heads, (ring_k, ring_u))
     if isinstance(config, Staging):
-        options = step_options(config, ratio, head_v_dim, most if speculative else 1)
-        launch(staged_replay_kernel, (sequences * num_k_heads,), **arguments, **options)
+        options = step_options(config, ratio, head_v_dim, most if speculative else 1, ring=True)
+        launch(
+            staged_kernel, (sequences * num_k_heads,), **arguments, **options, p_start=None, stride_start=0, has_start=0,
+            num_slots=1,
+        )  # fmt: skip
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
     block_v = tile.block_v(head_k_dim, head_v_dim)
