@@ -41,20 +41,22 @@ class Preference:
 PREFERENCES: tuple[Preference, ...] = (
     Preference(
         0,
-        reason="auto leaves replay off: on SM 90 its kernels are 1.3 to 1.5 times as fast with a float32 state from "
-        "64 sequences on, but no engine has served with it on a GPU yet; GDN_PLUGIN_REPLAY=16 asks for it",
+        reason="auto leaves replay off: on SM 90 its kernels are 1.4 to 1.6 times as fast with a float32 state from "
+        "64 sequences on, but no GPU engine has served so yet; GDN_PLUGIN_REPLAY=16 asks for it",
         source="this plugin on one H100 (triton 3.6, 2026-11-27), CUDA graphs, Hk=16, Hv=32, bf16 tokens, float32 "
-        "state, ring of 16: decode of 8, 64, 256 sequences 11.7, 76, 267 us against 11.6, 105, 389 (fused_decode); "
-        "8x4 and 64x4 speculative tokens 31 and 201 against 41 and 265 (fused_verify)",
+        "state, ring of 16: decode of 8, 64, 256 sequences 11.7, 73, 249 us against 8.6, 102, 389 (fused_decode); "
+        "8x4 and 64x4 speculative tokens 31 and 168 against 35 and 265 (fused_verify)",
         sms=(90,),
         state_dtypes=("float32",),
     ),
     Preference(
         0,
-        reason="auto leaves replay off: on SM 90 with a state of 16 bits it is not faster, since it is not the bytes "
-        "saved that bind its kernels",
-        source="the same run, bf16 state: decode of 8, 64, 256 sequences 10.5, 65, 230 us against 8.1, 62, 231; 8x4 "
-        "and 64x4 speculative tokens 28 and 186 against 21 and 151",
+        reason="auto leaves replay off: on SM 90 with a state of 16 bits an engine's decode of 256 sequences took 1.2 "
+        "times as long with it, though its kernel alone is faster",
+        source="vLLM 0.33 on one H200 (2026-11-27), bf16 state, ring of 16, a layer's step: decode of 256 sequences "
+        "191 us against 158, of 8 10.4 and 10.4; 64x4 speculative tokens 135 against 145 (stock: 153, 12.6, 116). The "
+        "kernels alone on an H100: decode of 8, 64, 256 sequences 10.5, 46, 144 us against 6.7, 56, 211; 8x4 and 64x4 "
+        "speculative tokens 28 and 144 against 20 and 139",
         sms=(90,),
         state_dtypes=("bfloat16", "float16"),
     ),
