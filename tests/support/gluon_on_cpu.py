@@ -31,6 +31,11 @@ DTYPES = {
 }
 
 
+LAYOUTS = (
+    "BlockedLayout", "SliceLayout", "SwizzledSharedLayout", "NVMMADistributedLayout", "DotOperandLayout",
+)  # fmt: skip
+
+
 def raw(x: Any) -> Any:
     return x.x if isinstance(x, Value) else x
 
@@ -230,7 +235,7 @@ def language(program: int) -> types.SimpleNamespace:
         **{name: of_one(getattr(torch, name)) for name in ("exp", "exp2", "log", "rsqrt", "zeros_like")},
         minimum=of_two(torch.minimum), maximum=of_two(torch.maximum), load=load, store=store, where=where,
         associative_scan=scan, allocate_shared_memory=allocate, static_range=range, constexpr=lambda x: x,
-        NVMMADistributedLayout=lambda *a: None, DotOperandLayout=lambda *a: None, BlockedLayout=lambda *a: None, SliceLayout=lambda *a: None, SwizzledSharedLayout=lambda *a: None,
+        **dict.fromkeys(LAYOUTS, lambda *a: None),
         convert_layout=lambda x, layout: x, sum=lambda x, axis: Value(x.x.sum(axis)),
         program_id=lambda axis: Value(torch.tensor(program, dtype=torch.int32)),
         arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
@@ -257,8 +262,8 @@ def interpret(kernel: GluonJITFunction, grid: tuple[int, ...], arguments: dict[s
         for name, x in list(namespace.items()):
             if isinstance(x, GluonJITFunction):
                 namespace[name] = types.FunctionType(x.fn.__code__, namespace, name, x.fn.__defaults__)
-        namespace |= {"gl": language(program), "async_copy": copies, "copy_to_shared": copies.copy_to_shared, "mma_v2": matrix_product,
-                      "barrier": lambda: None}  # fmt: skip
+        namespace |= {"gl": language(program), "async_copy": copies, "copy_to_shared": copies.copy_to_shared,
+                      "mma_v2": matrix_product, "barrier": lambda: None}  # fmt: skip
         namespace[kernel.fn.__name__](**given)
         copies.wait_group(0)
 

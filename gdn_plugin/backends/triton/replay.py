@@ -363,15 +363,15 @@ STAGINGS_DECODE = Stagings(
         (0, 0, 0, ""): (None, None),
         (90, 128, 128, "bfloat16"): (None, Staging(64, 2, 4)),
         (90, 128, 128, "float16"): (None, Staging(64, 2, 4)),
-        (90, 128, 128, "float32"): (None, Staging(32, 2, 4, 80)),
+        (90, 128, 128, "float32"): (None, Staging(32, 2, 4)),
     }
 )
 STAGINGS_VERIFY = Stagings(
     {
         (0, 0, 0, ""): (None, None),
-        (90, 128, 128, "bfloat16"): (None, Staging(32, 2, 4, 128)),
-        (90, 128, 128, "float16"): (None, Staging(32, 2, 4, 128)),
-        (90, 128, 128, "float32"): (None, Staging(32, 3, 8, 128)),
+        (90, 128, 128, "bfloat16"): (None, Staging(64, 2, 4)),
+        (90, 128, 128, "float16"): (None, Staging(64, 2, 4)),
+        (90, 128, 128, "float32"): (None, Staging(32, 2, 4)),
     }
 )
 
@@ -428,8 +428,8 @@ def run(
     if isinstance(config, Staging):
         options = step_options(config, ratio, head_v_dim, most if speculative else 1, ring=True)
         launch(
-            staged_kernel, (sequences * num_k_heads,), **arguments, **options, p_start=None, stride_start=0, has_start=0,
-            num_slots=1,
+            staged_kernel, (sequences * num_k_heads,), **arguments, **options, p_start=None, stride_start=0,
+            has_start=0, num_slots=1,
         )  # fmt: skip
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)

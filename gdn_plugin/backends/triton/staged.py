@@ -7,6 +7,14 @@ by copies into shared memory that no register waits for (cp.async), works out co
 then goes through them tile by tile, asking for the next where one is done with. q and k are convolved once; nothing is
 shared between programs, so there are no tickets; and the norm has a head's whole V.
 
+One kernel serves all four. What the tokens of a step need of the state S_0 that their sequence starts from are its
+products with their k and q, and those are one matrix product a tile, which tensor cores take exactly where the state is
+of the io dtype. The rest goes on vectors (l_t: the sum of g up to token t; updates of a ring come before s):
+
+    S_t k_t = exp(l_t) S_0 k_t + sum_{s<t} exp(l_t - l_s) (k_s . k_t) u_s;    u_t = beta_t (v_t - S_t k_t)
+
+Without a ring the states follow from u, S_t = exp(g_t) S_{t-1} + u_t k_t^T, in a second pass over shared memory.
+
 This is Gluon, Triton's own language with layouts said: a Triton program can neither start a copy early and wait late
 outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). Triton's
 interpreter does not know it; tests/support/gluon_on_cpu.py does. A launcher asks `staging` and takes its own kernel
@@ -16,7 +24,8 @@ aligned, long rings.
 Layouts, NW warps, VEC elements of a state in 16 bytes:
     TILE     [BV, K] of a state: 8 lanes along K, so that a row's sum takes three shuffles and a thread has K/8 of a row
     TOKENS   [L, channels]: a thread has all tokens of its channels, and so may move their history on by itself
-    HEADS    [RATIO, V]: a value of a head a thread; of replay, RING adds the ring's slots, all of them in the thread
+    VECTORS  [R, V] of a head: a thread has all slots of a ring for its values
+    ROWS     [L * RATIO, V] of outputs: a warp has a row, so that the norm's sum takes no barrier
 Bytes and operations are those that the other files state.
 """
 
@@ -432,7 +441,7 @@ def staged_kernel(
                     async_copy.wait_group(min(r * BY_HEAD, STEPS - NBUF) - (r * BY_HEAD + c - NBUF) - 1)
             barrier()
             s_tile = s_state.index((r * BY_HEAD + c) % NBUF)
-            if REPLAY:
+            if REPLAY:  # noqa: SIM102 - known when this is compiled
                 if folds:
                     for h in gl.static_range(BV // SUB):
                         b_s = s_tile.slice(h * SUB, SUB).load(TILE).to(gl.float32)
@@ -539,9 +548,8 @@ def staged_kernel(
         b_o = b_o * gl.rsqrt(gl.sum(b_o * b_o, axis=1) / V + eps)[:, None]
         b_o = b_o * gl.load(p_norm_weight + o_f).to(gl.float32)
         b_o = b_o * (gl.where(is_sigmoid != 0, 1.0, b_z) / (1.0 + gl.exp(-b_z)))
-    gl.store(
-        p_out + o_l // RATIO * stride_out_t + o_l % RATIO * stride_out_h + o_f, b_o.to(p_out.dtype.element_ty), mask=wanted
-    )  # fmt: skip
+    p_line = p_out + o_l // RATIO * stride_out_t + o_l % RATIO * stride_out_h + o_f
+    gl.store(p_line, b_o.to(p_out.dtype.element_ty), mask=wanted)
 
 
 # What a launch for an op without a ring passes in the ring's place.
