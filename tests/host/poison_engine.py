@@ -3,14 +3,18 @@
 Run as `poison_engine.py job.json result.json`, the engine core in this process. The job: `llm` (arguments of
 vllm.LLM), `prompts`, `company` (prompts that run before and beside each of them), `prime` (prompts asked first, for the
 prefix cache). The result holds, for each prompt, what was said alone and what was said in company.
+
+With VLLM_USE_V2_MODEL_RUNNER=1 and TRITON_INTERPRET=1 the other runner, its kernels interpreted.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -21,9 +25,16 @@ import run_engine
 def main() -> None:
     for key, value in run_engine.ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    from vllm import LLM, SamplingParams
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+    second = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+    if second:
+        # vLLM for CPUs uses Triton only where it has a backend of this name, and then asks nothing of it.
+        from triton.backends import backends
 
+        backends["cpu"] = SimpleNamespace(driver=None)  # type: ignore[assignment]
+    from vllm import LLM, SamplingParams
+
+    runners = importlib.import_module(f"vllm.v1.worker.{'gpu.model_runner' if second else 'gpu_model_runner'}")
+    GPUModelRunner = runners.GPUModelRunner
     from gdn_plugin.hosts import core
 
     job_file, result_file = sys.argv[1:]
@@ -44,7 +55,7 @@ def main() -> None:
 
     def poison(runner: Any, block_ids: Any, computed: int) -> None:
         for group, ids in zip(runner.kv_cache_config.kv_cache_groups, block_ids, strict=True):
-            layers = [runner.compilation_config.static_forward_context[name] for name in group.layer_names]
+            layers = [runner.vllm_config.compilation_config.static_forward_context[name] for name in group.layer_names]
             for layer in (layer for layer in layers if hasattr(layer, "_gdn_core")):
                 fresh = [i for i in ids[computed // group.kv_cache_spec.block_size :] if i > 0]
                 for pool in layer.kv_cache:  # of a ring's spans, what a former user might leave

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import logging
 import random
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from gdn_plugin.hosts.vllm import compat, patches
 from gdn_plugin.hosts.vllm.metadata import translate
 from gdn_plugin.hosts.vllm.patches import drafts_within_blocks, fresh_speculative_rows, replay_pages, unused_kernels
 from gdn_plugin.hosts.vllm.patches.drafts_within_blocks import trimmed
-from gdn_plugin.hosts.vllm.patches.fresh_speculative_rows import has_initial_state, tell_fresh_rows
+from gdn_plugin.hosts.vllm.patches.fresh_speculative_rows import has_initial_state, mark_fresh_rows, tell_fresh_rows
 
 FILES = sorted(path for path in Path(patches.__file__).parent.glob("*.py") if path.stem != "__init__")
 needs_vllm = pytest.mark.skipif(compat.installed_root() is None, reason="vLLM is not installed")
@@ -181,6 +183,153 @@ def test_the_hosts_own_builder_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert part.has_initial_state.tolist() == [True, False, True] and part.state_indices.shape == (3, SPEC)
     shared = made.update_block_table(metadata, common.block_table_tensor + 100, common.slot_mapping)
     assert has_initial_state(shared) is has_initial_state(metadata)
+
+
+class BatchReqState(NamedTuple):
+    """What Model Runner V2 says of a step's rows, as far as the patch reads it."""
+
+    num_scheduled_tokens: Any
+    num_draft_tokens_np: Any
+    num_computed_prefill_tokens_np: Any
+    is_prefilling_np: Any
+    prefill_runs_as_decode_np: Any
+
+
+class FakeRunner:
+    """The host's class as the patch sees it: only a prompt's tail of one token runs as a decode."""
+
+    def gather_batch_req_state(self, rows: list[tuple[int, int, int, int]], dummy_run: bool) -> Any:
+        if dummy_run:
+            return None, 4
+        computed, prompt, scheduled, drafts = map(np.array, zip(*rows, strict=True))
+        prefilling = computed < prompt
+        tails = prefilling & (scheduled - drafts == 1) & (computed > 0) if prefilling.any() else None
+        drafted = drafts if drafts.any() else None
+        return BatchReqState(scheduled, drafted, np.minimum(computed, prompt), prefilling, tails), None
+
+
+class Recurrent:
+    """A layer with a state, which is the plugin's or not."""
+
+    mamba_type = "gdn"
+
+    def __init__(self, core: Any = True) -> None:
+        self._gdn_core = core
+
+
+# (computed, prompt, scheduled, drafts); the last column: whether it is to run as a decode.
+ROWS = {
+    "running": ((9, 3, 4, 3), False),
+    "a prompt of one, padded": ((0, 1, 4, 3), True),
+    "a tail of one, padded": ((6, 7, 4, 3), True),
+    "a prompt of one, alone": ((0, 1, 1, 0), False),
+    "a tail of one": ((6, 7, 1, 0), True),
+    "a prompt of four": ((0, 4, 4, 0), False),
+}
+ALL_ROWS = [row for row, _ in ROWS.values()]
+BY_THE_HOST = [False, False, True, False, True, False]
+
+
+def runner_of(kind: type[Any], *layers: Any, **facts: Any) -> Any:
+    context = {f"layers.{i}": layer for i, layer in enumerate(layers)}
+    runner = kind.__new__(kind)
+    runner.vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=context))
+    vars(runner).update({"adaptive_verification": None} | facts)
+    return runner
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> type[FakeRunner]:
+    class Runner(FakeRunner):
+        pass
+
+    module = SimpleNamespace(GPUModelRunner=Runner, BatchReqState=BatchReqState)
+    monkeypatch.setitem(sys.modules, fresh_speculative_rows._RUNNER_MODULE, module)
+    fresh_speculative_rows.log_once.cache_clear()
+    assert mark_fresh_rows() and not mark_fresh_rows()
+    return Runner
+
+
+def marks(runner: Any, rows: list[tuple[int, int, int, int]] = ALL_ROWS) -> Any:
+    marked = runner.gather_batch_req_state(rows, False)[0].prefill_runs_as_decode_np
+    return None if marked is None else marked.tolist()
+
+
+def test_padded_prompts_of_one_token_run_as_decodes(runner: type[FakeRunner]) -> None:
+    made = runner_of(runner, SimpleNamespace(), Recurrent(), Recurrent())
+    assert marks(made) == [wanted for _, wanted in ROWS.values()]
+    assert marks(made, [(0, 1, 1, 0), (0, 9, 9, 0), (6, 7, 1, 0)]) == [False, False, True]  # no drafts
+    assert marks(made, [(9, 3, 4, 3), (5, 1, 4, 3)]) is None  # no prompts
+    assert made.gather_batch_req_state(ALL_ROWS, dummy_run=True) == (None, 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "facts", "said"),
+    [
+        ([Recurrent(), Recurrent(None)], {}, "layers.1 has a state and is not the plugin's"),
+        ([Recurrent()], {"adaptive_verification": "on"}, "with adaptive verification"),
+        ([Recurrent(None)], {}, None),
+        ([SimpleNamespace()], {}, None),
+    ],
+    ids=["a-layer-left-to-the-host", "adaptive", "stock", "no-states"],
+)
+def test_padded_prompts_are_left_alone_where_a_layer_may_not_start_from_zero(
+    runner: type[FakeRunner], caplog: pytest.LogCaptureFixture, layers: Any, facts: Any, said: str | None
+) -> None:
+    made = runner_of(runner, *layers, **facts)
+    with caplog.at_level(logging.WARNING, "vllm.gdn_plugin"):
+        assert marks(made) == BY_THE_HOST and marks(made) == BY_THE_HOST
+    assert len(caplog.messages) == (said is not None) and all(str(said) in line for line in caplog.messages)
+
+
+def test_a_runner_that_is_not_there_or_not_known(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delitem(sys.modules, fresh_speculative_rows._RUNNER_MODULE, raising=False)
+    fresh_speculative_rows.log_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "vllm.gdn_plugin"):
+        assert not mark_fresh_rows() and not caplog.messages  # V1
+        other = SimpleNamespace(
+            GPUModelRunner=FakeRunner, BatchReqState=NamedTuple("Other", [("is_prefilling_np", Any)])
+        )
+        for module in (other, SimpleNamespace(BatchReqState=BatchReqState)):
+            monkeypatch.setitem(sys.modules, fresh_speculative_rows._RUNNER_MODULE, module)
+            assert not mark_fresh_rows()
+    assert [line.rpartition(" has no ")[2] for line in caplog.messages] == [
+        "num_scheduled_tokens, num_draft_tokens_np, num_computed_prefill_tokens_np, prefill_runs_as_decode_np",
+        "gather_batch_req_state",
+    ]
+    assert not hasattr(FakeRunner.gather_batch_req_state, "_gdn_plugin")
+
+
+@needs_vllm
+def test_the_hosts_own_runner_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's Model Runner V2 as it is installed, on the rows of `ROWS`; unmarked by itself, or the patch may retire."""
+    from vllm.v1.worker.gpu import model_runner
+
+    host = model_runner.GPUModelRunner
+    original = getattr(host.gather_batch_req_state, "__wrapped__", host.gather_batch_req_state)
+    monkeypatch.setattr(host, "gather_batch_req_state", original)
+    computed, prompt = (np.array(column) for column in list(zip(*ALL_ROWS, strict=True))[:2])
+    states = SimpleNamespace(
+        req_id_to_index={name: i for i, name in enumerate(ROWS)},
+        prefill_len=SimpleNamespace(np=prompt),
+        num_computed_prefill_tokens=np.minimum(computed, prompt),
+    )
+    made = runner_of(host, Recurrent(), req_states=states, decode_query_len=4, use_pp=False, pcp_manager=None)
+    step = SimpleNamespace(
+        num_scheduled_tokens={name: row[2] for name, (row, _) in ROWS.items()},
+        total_num_scheduled_tokens=sum(row[2] for row in ALL_ROWS),
+        scheduled_spec_decode_tokens={name: [-1] * row[3] for name, (row, _) in ROWS.items() if row[3]},
+    )
+
+    def marked() -> dict[str, bool]:
+        batch, _ = made.gather_batch_req_state(step, False)
+        return dict(zip(batch.req_ids, batch.prefill_runs_as_decode_np.tolist(), strict=True))
+
+    assert marked() == dict(zip(ROWS, BY_THE_HOST, strict=True))
+    assert mark_fresh_rows()
+    assert marked() == {name: wanted for name, (_, wanted) in ROWS.items()}
 
 
 class FakeModel(torch.nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ MATRIX = [
     ("mtp", 2, True, "replay"),
     ("no drafts", 0, True, "replay"),
 ]
+# vLLM's own kernels run in Triton's interpreter.
+SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
 # An engine is half a minute, so not every row: with MATRIX, every method with every verify, with the cache and without;
 # every number of drafts with every verify, with each method, with the cache and without.
 REST = [
@@ -76,3 +79,29 @@ def test_short_prompts_in_recycled_blocks(
             assert said["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-3)
         if tail and prompt is CACHED:
             assert {said["cached"] for said in companies} == {BLOCK}
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    "replay", [pytest.param("0", id="plain"), pytest.param("8", id="replay", marks=pytest.mark.slow)]
+)
+def test_short_prompts_with_model_runner_v2(checkpoint: Path, tmp_path: Path, replay: str) -> None:
+    """A prompt of one token that joins others is continued as if it were alone, and not as if zeros followed it."""
+    llm = {**LLM, "max_num_seqs": 2, "speculative_config": {"method": "mtp", "num_speculative_tokens": 3}}
+    job = {
+        "llm": {"model": str(checkpoint), **llm, "max_model_len": 512, "max_num_batched_tokens": 256},
+        "prompts": [[7], [7, 8], [42]],
+        "company": COMPANY[:2],
+        "prime": [],
+    }
+    script = Path(__file__).with_name("poison_engine.py")
+    environment = SECOND_RUNNER | {"GDN_PLUGIN_REPLAY": replay}
+    result, log = run_in_subprocess(job, tmp_path, "poison", environment=environment, script=script)
+    assert result is not None, log[-4000:]
+    assert "Using V2 Model Runner" in log and ("gdn_plugin: replay: on" in log) == (replay != "0")
+    assert result["seen"]["poisoned"] > 0 and result["seen"]["fresh speculative rows"] > 0, result["seen"]
+    for alone, companies in zip(result["alone"], result["in company"], strict=True):
+        assert all(map(math.isfinite, alone["logprobs"]))
+        for said in companies:
+            assert said["tokens"] == alone["tokens"]
+            assert said["logprobs"] == pytest.approx(alone["logprobs"], abs=1e-3)

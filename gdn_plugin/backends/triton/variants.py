@@ -174,6 +174,8 @@ def variants_of(
 def _named(launch: Launch, problem: Problem) -> str:
     """The kernel's name; the op's, where the kernel serves several."""
     name: str = launch.kernel.__name__.removesuffix("_kernel")
+    if name.startswith("staged"):
+        return f"{problem.op}, staged"
     return problem.op if problem.op.startswith(name) else name
 
 

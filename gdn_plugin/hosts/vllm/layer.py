@@ -114,6 +114,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             unused_kernels.leave_out()
         if self.num_spec:
             fresh_speculative_rows.tell_fresh_rows()
+            fresh_speculative_rows.mark_fresh_rows()
         if align:
             self._gdn_checkpoint_grid = CHECKPOINT_ALIGNMENT
             self._checkpoint_alignment = CHECKPOINT_ALIGNMENT  # read by vLLM 0.33's own get_kv_cache_spec

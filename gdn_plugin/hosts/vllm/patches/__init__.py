@@ -5,7 +5,10 @@ PATCHES = {
     "align_copies_on_cpu": ("prefix cache with drafts on a CPU", "when a layer is built in align mode with drafts"),
     "drafts_within_blocks": ("a ring holds all drafts in one row", "by the entry point; acts with replay and drafts"),
     "freed_memory": ("page faults on a CPU", "in the profile run"),
-    "fresh_speculative_rows": ("a short prompt must not see another user's state", "when a layer is built with drafts"),
+    "fresh_speculative_rows": (
+        "a prompt of one token sees no other user's state and no draft",
+        "when a layer is built with drafts",
+    ),
     "replay_pages": ("a page has room for the ring of its row", "when a layer is built with replay on"),
     "saved_models": ("compiled models load again", "when a layer is built"),
     "unused_kernels": ("a cold start compiles no kernel of the stock layer", "when a layer is built on a GPU"),
