@@ -454,13 +454,21 @@ def staged_kernel(
                             u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + o_row).to(gl.float32)
                             d_j = gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + r))
                             b_s = d_j * b_s + u_j[:, None] * k_j[None, :]
-                        # The step's products are of what is stored, as the next step's.
-                        s_tile.slice(h * SUB, SUB).store(b_s.to(STATE))
+                        if MATRIX:
+                            # The products are of what is stored then: rounded to the io dtype, as outputs are.
+                            s_tile.slice(h * SUB, SUB).store(b_s.to(STATE))
+                        else:
+                            for n in gl.static_range(2 * L):
+                                s_new = s_p.slice(c * BV + h * SUB, SUB).slice(n, 1, dim=1)
+                                s_new.store(gl.sum(b_s * s_exact.slice(n, 1).load(TILE), axis=1)[:, None])
                         p_new = p_state + row * stride_state + (r * V + c * BV + h * SUB) * K + o_sub
                         gl.store(p_new, b_s.to(STATE))
                     barrier()
             if MATRIX:
                 products(s_tile, s_tokens.slice(0, N), s_p.slice(c * BV, BV), BV, N, K, True, num_warps)
+            elif REPLAY:
+                if not folds:
+                    products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, K, False, num_warps)
             else:
                 products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, K, False, num_warps)
             if REPLAY and r * BY_HEAD + c + NBUF < STEPS:
