@@ -53,7 +53,7 @@ from gdn_plugin.backends.triton.staged import (
     MOST_TOKENS,
     Staging,
     Stagings,
-    staged_replay_kernel,
+    staged_kernel,
     step_options,
 )
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
@@ -363,15 +363,15 @@ STAGINGS_DECODE = Stagings(
         (0, 0, 0, ""): (None, None),
         (90, 128, 128, "bfloat16"): (None, Staging(64, 2, 4)),
         (90, 128, 128, "float16"): (None, Staging(64, 2, 4)),
-        (90, 128, 128, "float32"): (None, Staging(32, 2, 4, 80)),
+        (90, 128, 128, "float32"): (None, Staging(32, 2, 4)),
     }
 )
 STAGINGS_VERIFY = Stagings(
     {
         (0, 0, 0, ""): (None, None),
-        (90, 128, 128, "bfloat16"): (None, Staging(32, 2, 4, 128)),
-        (90, 128, 128, "float16"): (None, Staging(32, 2, 4, 128)),
-        (90, 128, 128, "float32"): (None, Staging(32, 3, 8, 128)),
+        (90, 128, 128, "bfloat16"): (None, Staging(64, 2, 4)),
+        (90, 128, 128, "float16"): (None, Staging(64, 2, 4)),
+        (90, 128, 128, "float32"): (None, Staging(32, 2, 4)),
     }
 )
 
@@ -426,8 +426,11 @@ def run(
         stagings = STAGINGS_VERIFY if speculative else STAGINGS_DECODE
         config = stagings.staging(state, batch, num_k_heads, (ring_k, ring_u))
     if isinstance(config, Staging):
-        options = step_options(config, ratio, head_v_dim, most if speculative else 1)
-        launch(staged_replay_kernel, (sequences * num_k_heads,), **arguments, **options)
+        options = step_options(config, ratio, head_v_dim, most if speculative else 1, ring=True)
+        launch(
+            staged_kernel, (sequences * num_k_heads,), **arguments, **options, p_start=None, stride_start=0,
+            has_start=0, num_slots=1,
+        )  # fmt: skip
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
     block_v = tile.block_v(head_k_dim, head_v_dim)

@@ -7,16 +7,25 @@ by copies into shared memory that no register waits for (cp.async), works out co
 then goes through them tile by tile, asking for the next where one is done with. q and k are convolved once; nothing is
 shared between programs, so there are no tickets; and the norm has a head's whole V.
 
+One kernel serves all four. What the tokens of a step need of the state S_0 that their sequence starts from are its
+products with their k and q, and those are one matrix product a tile, which tensor cores take exactly where the state is
+of the io dtype. The rest goes on vectors (l_t: the sum of g up to token t; updates of a ring come before s):
+
+    S_t k_t = exp(l_t) S_0 k_t + sum_{s<t} exp(l_t - l_s) (k_s . k_t) u_s;    u_t = beta_t (v_t - S_t k_t)
+
+Without a ring the states follow from u, S_t = exp(g_t) S_{t-1} + u_t k_t^T, in a second pass over shared memory.
+
 This is Gluon, Triton's own language with layouts said: a Triton program can neither start a copy early and wait late
 outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). Triton's
 interpreter does not know it; tests/support/gluon_on_cpu.py does. A launcher asks `staging` and takes its own kernel
-where that has none: other GPUs and dims, an older Triton, few heads, value heads that are no power of two, pools whose
-rows are not aligned, long rings.
+where that has none: other GPUs and dims, an older Triton, few heads, value heads that are no power of two, pools whose rows are not
+aligned, long rings.
 
 Layouts, NW warps, VEC elements of a state in 16 bytes:
     TILE     [BV, K] of a state: 8 lanes along K, so that a row's sum takes three shuffles and a thread has K/8 of a row
     TOKENS   [L, channels]: a thread has all tokens of its channels, and so may move their history on by itself
-    HEADS    [RATIO, V]: a value of a head a thread; of replay, RING adds the ring's slots, all of them in the thread
+    VECTORS  [R, V] of a head: a thread has all slots of a ring for its values
+    ROWS     [L * RATIO, V] of outputs: a warp has a row, so that the norm's sum takes no barrier
 Bytes and operations are those that the other files state.
 """
 
@@ -31,7 +40,7 @@ from packaging.version import Version
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from gdn_plugin.backends.triton import gates
 from gdn_plugin.backends.triton.configs import FEW_HEADS, Table
@@ -45,6 +54,7 @@ KNOWN = Version(triton.__version__) >= Version("3.6")  # what 3.5 calls Gluon do
 # Renamed between triton 3.6 and 3.9.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
 
 # Arithmetic has no layout: what the other kernels compile with is compiled here as well.
 log_decay, sigmoid, silu, rms_norm_gated = (
@@ -168,17 +178,10 @@ def convolved_group(
 
 @gluon.jit
 def normalised(x, L: gl.constexpr, K: gl.constexpr):
-    """[L, 2K], q beside k: each by its norm, rounded."""
+    """[L, 2K], q beside k, -> [2L, K]: each by its norm, rounded; rows 2t and 2t+1 are q and k of token t."""
     y = gl.reshape(x.to(gl.float32), [L, 2, K])
     y = y * gl.rsqrt(gl.sum(y * y, axis=2) + 1e-6)[:, :, None]
-    return gl.convert_layout(gl.reshape(y.to(x.dtype), [L, 2 * K]), x.type.layout)
-
-
-@gluon.jit
-def gated_norm(o, p_z, p_norm_weight, o_r, o_v, stride_z_h, V: gl.constexpr, eps, is_sigmoid):
-    """`rms_norm_gated` of o [RATIO, V], z and weight where they lie."""
-    z = gl.load(p_z + o_r[:, None] * stride_z_h + o_v[None, :]).to(gl.float32)
-    return rms_norm_gated(o, z, gl.load(p_norm_weight + o_v).to(gl.float32), V, eps, is_sigmoid)
+    return gl.reshape(y.to(x.dtype), [2 * L, K])
 
 
 @gluon.jit
@@ -186,428 +189,404 @@ def plus(a, b):
     return a + b
 
 
-@counted
-@gluon.jit(
-    do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
-                       "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h", "stride_indices",
-                       "stride_start", "has_start", "has_initial", "num_sequences", "num_tokens", "num_slots",
-                       "num_k_heads", "null_index", "is_sigmoid", "zero_padding"],
-    do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_accepted", "p_start",
-                                    "p_cu_seqlens", "p_initial", "p_weight", "p_bias", "p_conv_state"],
-)  # fmt: skip
-def staged_step_kernel(
-    p_x, p_weight, p_bias, p_conv_state, p_a, p_b, p_A_log, p_dt_bias, p_state, p_indices, p_accepted, p_start,
-    p_cu_seqlens, p_initial, p_z, p_norm_weight, p_out,
-    stride_x, stride_x_k, stride_x_v, first_k, first_v, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w,
-    stride_a_t, stride_a_k, stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state, stride_indices, stride_start,
-    stride_z_t, stride_z_k, stride_z_h, stride_out_t, stride_out_h,
-    has_start, has_initial, scale, eps, num_sequences, num_tokens, num_slots, num_k_heads, null_index, is_sigmoid,
-    zero_padding,
-    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, RATIO: gl.constexpr, BV: gl.constexpr, NBUF: gl.constexpr,
-    L: gl.constexpr, num_warps: gl.constexpr,
+@gluon.jit
+def products(
+    s_rows, s_tokens, s_out, M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MATRIX: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    VERIFY: gl.constexpr = p_cu_seqlens is not None
-    NORM: gl.constexpr = p_z is not None
-    IO: gl.constexpr = p_x.dtype.element_ty
-    STATE: gl.constexpr = p_state.dtype.element_ty
-    VEC: gl.constexpr = 128 // STATE.primitive_bitwidth
-    STEPS: gl.constexpr = RATIO * V // BV
-    BY_HEAD: gl.constexpr = V // BV
-    HEAD_WARPS: gl.constexpr = min(RATIO, num_warps)
-    TILE: gl.constexpr = gl.BlockedLayout([1, VEC], [4, 8], [num_warps, 1], [1, 0])
-    TOKENS: gl.constexpr = gl.BlockedLayout([L, 1], [1, 32], [1, num_warps], [1, 0])
-    HEADS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [HEAD_WARPS, num_warps // HEAD_WARPS], [1, 0])
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(VEC, 1, 8, [1, 0])
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    BY_K: gl.constexpr = gl.SliceLayout(0, TILE)
-    BY_V: gl.constexpr = gl.SliceLayout(1, TILE)
-
-    i_p = gl.program_id(0)
-    i_hk = i_p % num_k_heads
-    i_b = (i_p // num_k_heads).to(gl.int64)
-    fresh = i_p < 0
-    if VERIFY:
-        start = gl.load(p_cu_seqlens + i_b).to(gl.int64)
-        end = num_tokens.to(gl.int64)
-        row = null_index.to(gl.int64)
-        first_row = row
-        first_column = row
-        if i_b < num_sequences:
-            end = gl.load(p_cu_seqlens + i_b + 1).to(gl.int64)
-            if start < end:
-                first_row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
-                fresh = (has_initial != 0) & (gl.load(p_initial + i_b).to(gl.int32) == 0)
-                first_column = gl.maximum(gl.load(p_accepted + i_b).to(gl.int64) - 1, 0)
-                own = fresh | (first_row <= null_index)
-                i_start = gl.where(own | (has_start != 0), 0, first_column)
-                row = gl.where(own, first_row, gl.load(p_start + i_b * stride_start + i_start).to(gl.int64))
-        length = (end - start).to(gl.int32)
-        first_column = gl.where(fresh, 0, first_column)
+    """s_out [M, N] = rows [M, K] times tokens [N, K] transposed, in fp32: by tensor cores, or else by sums."""
+    if MATRIX:
+        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+        b_rows = s_rows.load(gl.DotOperandLayout(0, MMA, 2))
+        b_tokens = s_tokens.permute([1, 0]).load(gl.DotOperandLayout(1, MMA, 2))
+        s_out.store(mma_v2(b_rows, b_tokens, gl.zeros([M, N], gl.float32, MMA)))
     else:
-        start = i_b
-        length = 1
-        row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
-        first_row = row
-        first_column = 0
-    p_out += start * stride_out_t + i_hk * RATIO * stride_out_h
-    o_r = gl.arange(0, RATIO, layout=gl.SliceLayout(1, HEADS))
-    o_f = gl.arange(0, V, layout=gl.SliceLayout(0, HEADS))
-    o_out = o_r[:, None] * stride_out_h + o_f[None, :]
-    if row <= null_index:
-        if zero_padding != 0:
-            for i_t in range(length):
-                gl.store(p_out + i_t * stride_out_t + o_out, gl.zeros([RATIO, V], p_out.dtype.element_ty, HEADS))
-        return
-
-    # the states, tile by tile, on their way
-    o_v = gl.arange(0, BV, layout=BY_V)
-    o_k = gl.arange(0, K, layout=BY_K)
-    o_s = o_v[:, None] * K + o_k[None, :]
-    s_state = gl.allocate_shared_memory(STATE, [NBUF, BV, K], SHARED)
-    p_state += i_hk * (RATIO * V * K) + o_s
-    p_s = p_state + row * stride_state
-    for i in gl.static_range(NBUF):
-        copy_to_shared(s_state.index(i), p_s + i * (BV * K))
-        async_copy.commit_group()
-
-    p_x += start * stride_x
-    p_conv_state += first_row * stride_cs_n
-    p_history = p_conv_state + first_column * stride_cs_w
-    b_qk, b_v = convolved_group(
-        p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
-        first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads, K, V, W, RATIO, L, TOKENS,
-    )  # fmt: skip
-    s_qk = gl.allocate_shared_memory(IO, [L, 2 * K], PLAIN)
-    s_qk.store(normalised(b_qk, L, K))
-    s_v = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
-    s_v.reshape([L, RATIO * V]).store(b_v)
-    s_o = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
-
-    p_a += start * stride_a_t + i_hk * stride_a_k
-    p_b += start * stride_b_t + i_hk * stride_b_k
-    decay = ()
-    beta = ()
-    target = ()
-    for t in gl.static_range(L):
-        i_t = gl.minimum(t, length - 1)
-        for r in gl.static_range(RATIO):
-            A_log = gl.load(p_A_log + i_hk * RATIO + r).to(gl.float32)
-            dt_bias = gl.load(p_dt_bias + i_hk * RATIO + r).to(gl.float32)
-            decay = decay + (
-                gl.exp(log_decay(gl.load(p_a + i_t * stride_a_t + r * stride_a_h).to(gl.float32), A_log, dt_bias)),
-            )
-            beta = beta + (sigmoid(gl.load(p_b + i_t * stride_b_t + r * stride_b_h).to(gl.float32)),)
-        if VERIFY:
-            target = target + (gl.load(p_indices + i_b * stride_indices + gl.minimum(t, num_slots - 1)).to(gl.int64),)
-        else:
-            target = target + (row,)
-
-    for i in gl.static_range(STEPS):
-        # committed behind tile i: the other first ones and what was asked for since
-        if i < NBUF:
-            async_copy.wait_group(NBUF - 1 - i + min(i, STEPS - NBUF))
-        else:
-            async_copy.wait_group(min(i, STEPS - NBUF) - (i - NBUF) - 1)
-        barrier()
-        b_s = s_state.index(i % NBUF).load(TILE).to(gl.float32)
-        if i + NBUF < STEPS:
-            barrier()  # everyone has this one
-            copy_to_shared(s_state.index(i % NBUF), p_s + (i + NBUF) * (BV * K))
-            async_copy.commit_group()
-        if VERIFY:
-            b_s = gl.where(fresh, 0.0, b_s)
-        for t in gl.static_range(L):
-            if t < length:
-                q = s_qk.slice(t, 1).slice(0, K, dim=1).load(TILE).to(gl.float32)
-                k = s_qk.slice(t, 1).slice(K, K, dim=1).load(TILE).to(gl.float32)
-                v = (
-                    s_v.slice(t * RATIO + i // BY_HEAD, 1)
-                    .slice(i % BY_HEAD * BV, BV, dim=1)
-                    .permute([1, 0])
-                    .load(TILE)
-                    .to(gl.float32)
-                )
-                d = decay[t * RATIO + i // BY_HEAD]
-                delta = beta[t * RATIO + i // BY_HEAD] * (v - d * gl.sum(b_s * k, axis=1)[:, None])
-                o = scale * (d * gl.sum(b_s * q, axis=1)[:, None] + delta * gl.sum(k * q, axis=1)[:, None])
-                b_s = d * b_s + delta * k
-                if VERIFY:
-                    if (target[t] > null_index) & (t < num_slots):
-                        gl.store(p_state + target[t] * stride_state + i * (BV * K), b_s.to(STATE))
-                else:
-                    gl.store(p_s + i * (BV * K), b_s.to(STATE))
-                s_o.slice(t * RATIO + i // BY_HEAD, 1).slice(i % BY_HEAD * BV, BV, dim=1).permute([1, 0]).store(
-                    o.to(IO)
-                )
-
-    barrier()
-    if NORM:
-        p_z += start * stride_z_t + i_hk * stride_z_k
-    for t in gl.static_range(L):
-        if t < length:
-            b_o = s_o.slice(t * RATIO, RATIO).load(HEADS).to(gl.float32)
-            if NORM:
-                b_o = gated_norm(
-                    b_o, p_z + t * stride_z_t, p_norm_weight, o_r, o_f, stride_z_h, V, eps, is_sigmoid
-                )  # fmt: skip
-            gl.store(p_out + t * stride_out_t + o_out, b_o.to(p_out.dtype.element_ty))
+        TILE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+        SUB: gl.constexpr = min(M, 32)
+        for m in gl.static_range(M // SUB):
+            b_rows = s_rows.slice(m * SUB, SUB).load(TILE).to(gl.float32)
+            for n in gl.static_range(N):
+                b_token = s_tokens.slice(n, 1).load(TILE).to(gl.float32)
+                s_out.slice(m * SUB, SUB).slice(n, 1, dim=1).store(gl.sum(b_rows * b_token, axis=1)[:, None])
 
 
 @counted
 @gluon.jit(
     do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
                        "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h", "stride_rg_n",
-                       "stride_span", "stride_indices", "has_initial", "num_sequences", "num_tokens", "slots", "most",
-                       "num_k_heads", "null_index", "is_sigmoid", "zero_padding"],
+                       "stride_span", "stride_indices", "stride_start", "has_start", "has_initial", "num_sequences",
+                       "num_tokens", "num_slots", "slots", "most", "num_k_heads", "null_index", "is_sigmoid",
+                       "zero_padding"],
     do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_ring_g", "p_span", "p_indices",
-                                    "p_accepted", "p_cu_seqlens", "p_initial", "p_weight", "p_bias", "p_conv_state"],
+                                    "p_accepted", "p_start", "p_cu_seqlens", "p_initial", "p_weight", "p_bias",
+                                    "p_conv_state"],
 )  # fmt: skip
-def staged_replay_kernel(
+def staged_kernel(
     p_x, p_weight, p_bias, p_conv_state, p_a, p_b, p_A_log, p_dt_bias, p_state, p_ring_k, p_ring_u, p_ring_g, p_span,
-    p_indices, p_accepted, p_cu_seqlens, p_initial, p_z, p_norm_weight, p_out,
+    p_indices, p_accepted, p_start, p_cu_seqlens, p_initial, p_z, p_norm_weight, p_out,
     stride_x, stride_x_k, stride_x_v, first_k, first_v, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w,
     stride_a_t, stride_a_k, stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state, stride_rk_n, stride_ru_n,
-    stride_rg_n, stride_span, stride_indices, stride_z_t, stride_z_k, stride_z_h, stride_out_t, stride_out_h,
-    has_initial, scale, eps, num_sequences, num_tokens, slots, most, num_k_heads, null_index, is_sigmoid, zero_padding,
+    stride_rg_n, stride_span, stride_indices, stride_start, stride_z_t, stride_z_k, stride_z_h, stride_out_t,
+    stride_out_h,
+    has_start, has_initial, scale, eps, num_sequences, num_tokens, num_slots, slots, most, num_k_heads, null_index,
+    is_sigmoid, zero_padding,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, RATIO: gl.constexpr, BV: gl.constexpr, NBUF: gl.constexpr,
     RB: gl.constexpr, L: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     VERIFY: gl.constexpr = p_cu_seqlens is not None
+    REPLAY: gl.constexpr = p_ring_k is not None
     NORM: gl.constexpr = p_z is not None
     IO: gl.constexpr = p_x.dtype.element_ty
     STATE: gl.constexpr = p_state.dtype.element_ty
-    UPDATE: gl.constexpr = p_ring_u.dtype.element_ty
+    HALF_IO: gl.constexpr = IO.primitive_bitwidth == 16
+    MATRIX: gl.constexpr = HALF_IO and STATE == IO  # products of the state are exact on tensor cores then
     VEC: gl.constexpr = 128 // STATE.primitive_bitwidth
-    VEC_K: gl.constexpr = 128 // p_ring_k.dtype.element_ty.primitive_bitwidth
-    VEC_U: gl.constexpr = 128 // UPDATE.primitive_bitwidth
-    STEPS: gl.constexpr = RATIO * V // BV
+    VEC_IO: gl.constexpr = 128 // IO.primitive_bitwidth
     BY_HEAD: gl.constexpr = V // BV
-    HEAD_WARPS: gl.constexpr = min(RATIO, num_warps)
+    STEPS: gl.constexpr = RATIO * BY_HEAD
+    SUB: gl.constexpr = min(BV, 32)  # rows that are in registers at a time where a state is changed
+    N: gl.constexpr = max(8, 2 * L) if HALF_IO else 2 * L  # columns of products: q and k of each token, and idle ones
     TILE: gl.constexpr = gl.BlockedLayout([1, VEC], [4, 8], [num_warps, 1], [1, 0])
-    KEYS: gl.constexpr = gl.BlockedLayout([1, VEC_K], [2, 16], [num_warps, 1], [1, 0])
-    UPDATES: gl.constexpr = gl.BlockedLayout([1, VEC_U], [1, 32], [num_warps, 1], [1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([L, 1], [1, 32], [1, num_warps], [1, 0])
-    RING: gl.constexpr = gl.BlockedLayout([RB, 1, 1], [1, 1, 32], [1, HEAD_WARPS, num_warps // HEAD_WARPS], [2, 1, 0])
+    GATES: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [num_warps, 1], [0, 1])
+    VECTORS: gl.constexpr = gl.BlockedLayout(
+        [RB, 1], [1, 32], [1, num_warps], [1, 0]
+    )  # all slots of a ring in a thread
+    ROWS: gl.constexpr = gl.BlockedLayout([1, V // 32], [1, 32], [num_warps, 1], [1, 0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(VEC, 1, 8, [1, 0])
-    SHARED_K: gl.constexpr = gl.SwizzledSharedLayout(VEC_K, 1, 8, [1, 0])
+    SHARED_IO: gl.constexpr = gl.SwizzledSharedLayout(VEC_IO, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     BY_K: gl.constexpr = gl.SliceLayout(0, TILE)
     BY_V: gl.constexpr = gl.SliceLayout(1, TILE)
-    HEADS: gl.constexpr = gl.SliceLayout(0, RING)  # [RATIO, V]
-    WEIGHTS: gl.constexpr = gl.SliceLayout(2, RING)  # [RB, RATIO]
 
     i_p = gl.program_id(0)
     i_hk = i_p % num_k_heads
     i_b = (i_p // num_k_heads).to(gl.int64)
     num_v_heads = num_k_heads * RATIO
-
     fresh = i_p < 0
     accepted = i_p * 0 + 1
     if VERIFY:
+        # Under zero_padding the grid has one sequence more: the tokens past cu_seqlens[-1].
         start = gl.load(p_cu_seqlens + i_b).to(gl.int64)
         end = num_tokens.to(gl.int64)
-        row = null_index.to(gl.int64)
+        row = null_index.to(gl.int64)  # of the state to start from
+        first_row = row  # of conv_state
         if i_b < num_sequences:
             end = gl.load(p_cu_seqlens + i_b + 1).to(gl.int64)
             if start < end:
-                row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
+                first_row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
+                # has_initial_state, if absent, is any bytes, of which the first is read.
                 fresh = (has_initial != 0) & (gl.load(p_initial + i_b * has_initial).to(gl.int32) == 0)
                 accepted = gl.maximum(gl.load(p_accepted + i_b).to(gl.int32), 1)
+                row = first_row
+                if not REPLAY:
+                    # What nobody starts from is not looked up: its number may be anything.
+                    own = fresh | (first_row <= null_index)
+                    i_start = gl.where(own | (has_start != 0), 0, accepted - 1)
+                    row = gl.where(own, first_row, gl.load(p_start + i_b * stride_start + i_start).to(gl.int64))
         length = (end - start).to(gl.int32)
     else:
         start = i_b
         length = 1
         row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
+        first_row = row
     p_out += start * stride_out_t + i_hk * RATIO * stride_out_h
-    o_r = gl.arange(0, RATIO, layout=gl.SliceLayout(1, HEADS))
-    o_f = gl.arange(0, V, layout=gl.SliceLayout(0, HEADS))
-    o_out = o_r[:, None] * stride_out_h + o_f[None, :]
     if row <= null_index:
         if zero_padding != 0:
+            o_z = gl.arange(0, RATIO, layout=gl.SliceLayout(1, ROWS))[:, None] * stride_out_h
+            o_z = o_z + gl.arange(0, V, layout=gl.SliceLayout(0, ROWS))[None, :]
             for i_t in range(length):
-                gl.store(p_out + i_t * stride_out_t + o_out, gl.zeros([RATIO, V], p_out.dtype.element_ty, HEADS))
+                gl.store(p_out + i_t * stride_out_t + o_z, gl.zeros([RATIO, V], p_out.dtype.element_ty, ROWS))
         return
 
-    # the anchors, tile by tile, on their way
+    # The states, tile by tile, on their way.
     o_v = gl.arange(0, BV, layout=BY_V)
     o_k = gl.arange(0, K, layout=BY_K)
-    o_s = o_v[:, None] * K + o_k[None, :]
     s_state = gl.allocate_shared_memory(STATE, [NBUF, BV, K], SHARED)
-    p_s = p_state + row * stride_state + i_hk * (RATIO * V * K) + o_s
+    p_state += i_hk * (RATIO * V * K)
+    p_tile = p_state + row * stride_state + o_v[:, None] * K + o_k[None, :]
     for i in gl.static_range(NBUF):
-        copy_to_shared(s_state.index(i), p_s + i * (BV * K))
+        copy_to_shared(s_state.index(i), p_tile + i * (BV * K))
         async_copy.commit_group()
 
-    p_span += row * stride_span + i_hk * 2
-    first = gl.load(p_span)
-    held = gl.load(p_span + 1) + accepted - 1
-    accepted = gl.where(fresh, 1, accepted)
-    first = gl.where(fresh, 0, first)
-    held = gl.where(fresh, 0, held)
-    p_ring_k += row * stride_rk_n + i_hk * K
-    p_ring_u += row * stride_ru_n + i_hk * (RATIO * V)
-    p_ring_g += row * stride_rg_n + i_hk * RATIO
-    s_rk = gl.allocate_shared_memory(p_ring_k.dtype.element_ty, [RB, K], SHARED_K)
-    s_ru = gl.allocate_shared_memory(UPDATE, [RB, RATIO * V], PLAIN)
-    o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, KEYS))
-    o_n = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))
-    slot = first + o_j
-    slot = gl.where(slot >= slots, slot - slots, slot)
-    # What a mask leaves out is zeros there.
-    copy_to_shared(
-        s_rk, p_ring_k + slot[:, None] * (num_k_heads * K) + o_n[None, :],
-        mask=(o_j < held)[:, None] & (o_n >= 0)[None, :],
-    )  # fmt: skip
-    o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, UPDATES))
-    o_n = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, UPDATES))
-    slot = first + o_j
-    slot = gl.where(slot >= slots, slot - slots, slot)
-    copy_to_shared(
-        s_ru, p_ring_u + slot[:, None] * (num_v_heads * V) + o_n[None, :],
-        mask=(o_j < held)[:, None] & (o_n >= 0)[None, :],
-    )  # fmt: skip
-    async_copy.commit_group()
-    SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [min(RB, 32), 32 // min(RB, 32)], [1, num_warps], [0, 1])
-    o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, SCAN))[:, None]
-    o_wr = gl.arange(0, RATIO, layout=gl.SliceLayout(0, SCAN))[None, :]
-    slot = first + o_j + 1
-    slot = gl.where(slot >= slots, slot - slots, slot)
-    b_rg = gl.load(
-        p_ring_g + slot * num_v_heads + o_wr, mask=(o_j + 1 < held) & (o_wr >= 0), other=0.0
-    )  # of the update behind
-    oldest = gl.load(p_ring_g + first * num_v_heads + gl.arange(0, RATIO, layout=gl.SliceLayout(0, WEIGHTS)))
+    if REPLAY:
+        p_span += row * stride_span + i_hk * 2
+        first = gl.load(p_span)
+        held = gl.load(p_span + 1) + accepted - 1
+        first = gl.where(fresh, 0, first)
+        held = gl.where(fresh, 0, held)
+        folds = fresh | (held + 2 * most > slots)
+        new_first = first
+        new_held = held
+        if folds:
+            new_first = first + held
+            new_first = gl.where(new_first >= slots, new_first - slots, new_first)
+            new_held = held * 0
+        p_ring_k += row * stride_rk_n + i_hk * K
+        p_ring_u += row * stride_ru_n + i_hk * (RATIO * V)
+        p_ring_g += row * stride_rg_n + i_hk * RATIO
+        UPDATE: gl.constexpr = p_ring_u.dtype.element_ty
+        KEYS: gl.constexpr = gl.BlockedLayout([1, VEC_IO], [32 * VEC_IO // K, K // VEC_IO], [num_warps, 1], [1, 0])
+        UPDATES: gl.constexpr = gl.BlockedLayout([1, 128 // UPDATE.primitive_bitwidth], [1, 32], [num_warps, 1], [1, 0])
+        SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [min(RB, 32), 32 // min(RB, 32)], [1, num_warps], [0, 1])
+        s_rk = gl.allocate_shared_memory(IO, [max(RB, 16), K], SHARED_IO)
+        s_ru = gl.allocate_shared_memory(UPDATE, [RB, RATIO * V], PLAIN)
+        o_j = gl.arange(0, max(RB, 16), layout=gl.SliceLayout(1, KEYS))[:, None]
+        o_n = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
+        slot = first + o_j
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        # What a mask leaves out is zeros there.
+        copy_to_shared(
+            s_rk, p_ring_k + slot * (num_k_heads * K) + o_n, mask=(o_j < held) & (o_n >= 0)
+        )  # fmt: skip
+        o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, UPDATES))[:, None]
+        o_n = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, UPDATES))[None, :]
+        slot = first + o_j
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        copy_to_shared(s_ru, p_ring_u + slot * (num_v_heads * V) + o_n, mask=(o_j < held) & (o_n >= 0))
+        async_copy.commit_group()
+        # Gates of the updates behind each.
+        o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, SCAN))[:, None]
+        o_n = gl.arange(0, RATIO, layout=gl.SliceLayout(0, SCAN))[None, :]
+        slot = first + o_j + 1
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        x_rg = gl.load(p_ring_g + slot * num_v_heads + o_n, mask=(o_j + 1 < held) & (o_n >= 0), other=0.0)
+        x_oldest = gl.load(p_ring_g + first * num_v_heads + o_n, mask=(held > 0) & (o_n >= 0), other=0.0)
 
+    # Convolution, norms, gates: into shared memory, as everyone needs them.
     p_x += start * stride_x
-    p_conv_state += row * stride_cs_n
+    p_conv_state += first_row * stride_cs_n
+    accepted = gl.where(fresh, 1, accepted)
     p_history = p_conv_state + (accepted - 1) * stride_cs_w
     b_qk, b_v = convolved_group(
         p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
         first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads, K, V, W, RATIO, L, TOKENS,
     )  # fmt: skip
-    s_qk = gl.allocate_shared_memory(IO, [L, 2 * K], PLAIN)
-    s_qk.store(normalised(b_qk, L, K))
+    s_tokens = gl.allocate_shared_memory(IO, [max(16, 2 * L), K], PLAIN)  # rows 2t: q, 2t+1: k
+    b_qk = normalised(b_qk, L, K)
+    s_tokens.slice(0, 2 * L).store(b_qk)
+    s_exact = s_tokens
+    if not (REPLAY and MATRIX):
+        # In fp32 once more: what multiplies tiles is otherwise unpacked for each of them.
+        s_exact = gl.allocate_shared_memory(gl.float32, [2 * L, K], PLAIN)
+        s_exact.store(b_qk.to(gl.float32))
     s_v = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
     s_v.reshape([L, RATIO * V]).store(b_v)
-    s_p = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, V], PLAIN)  # S_0 k and S_0 q of each token
-
-    # g [RATIO] of each token, in the layout of the weights
-    p_a += start * stride_a_t + i_hk * stride_a_k
-    p_b += start * stride_b_t + i_hk * stride_b_k
-    o_h = gl.arange(0, RATIO, layout=gl.SliceLayout(0, WEIGHTS))
-    A_log = gl.load(p_A_log + i_hk * RATIO + o_h).to(gl.float32)
-    dt_bias = gl.load(p_dt_bias + i_hk * RATIO + o_h).to(gl.float32)
-    g = ()
-    beta = ()
-    for t in gl.static_range(L):
-        i_t = gl.minimum(t, length - 1)
-        g = g + (log_decay(gl.load(p_a + i_t * stride_a_t + o_h * stride_a_h).to(gl.float32), A_log, dt_bias),)
-        beta = beta + (sigmoid(gl.load(p_b + i_t * stride_b_t + o_h * stride_b_h).to(gl.float32)),)
-
-    folds = fresh | (held + 2 * most > slots)
-    behind = gl.convert_layout(gl.associative_scan(b_rg, 0, plus, reverse=True), WEIGHTS)
-    left = gl.convert_layout(gl.sum(b_rg, axis=0), gl.SliceLayout(0, WEIGHTS)) + gl.where(held > 0, oldest, 0.0)
-    new_first = first
-    new_held = held
-    if folds:
-        behind = behind + float("-inf")
-        left = gl.zeros_like(left)
-        new_first = first + held
-        new_first = gl.where(new_first >= slots, new_first - slots, new_first)
-        new_held = held * 0
-
-    # every thread has read the span
+    s_g = gl.allocate_shared_memory(gl.float32, [L * RATIO, 1], PLAIN)
+    s_beta = gl.allocate_shared_memory(gl.float32, [L * RATIO, 1], PLAIN)
+    o_g = gl.arange(0, L * RATIO, layout=gl.SliceLayout(1, GATES))[:, None]
+    i_t = gl.minimum(o_g // RATIO, length - 1)
+    i_h = i_hk * RATIO + o_g % RATIO
+    o_one = gl.arange(0, 1, layout=gl.SliceLayout(0, GATES))[None, :]
+    a = gl.load(p_a + start * stride_a_t + i_hk * stride_a_k + i_t * stride_a_t + o_g % RATIO * stride_a_h + o_one)
+    b = gl.load(p_b + start * stride_b_t + i_hk * stride_b_k + i_t * stride_b_t + o_g % RATIO * stride_b_h + o_one)
+    A_log = gl.load(p_A_log + i_h + o_one).to(gl.float32)
+    g = log_decay(a.to(gl.float32), A_log, gl.load(p_dt_bias + i_h + o_one).to(gl.float32))
+    s_g.store(g)
+    if REPLAY:
+        slot = new_first + new_held + o_g // RATIO
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        gl.store(p_ring_g + slot * num_v_heads + o_g % RATIO + o_one, g, mask=(o_g // RATIO < length) & (o_one >= 0))
+    s_beta.store(sigmoid(b.to(gl.float32)))
+    s_dots = gl.allocate_shared_memory(gl.float32, [max(16, 2 * L), N], PLAIN)  # of tokens with tokens
+    s_p = gl.allocate_shared_memory(gl.float32, [V, N], PLAIN)  # of a head's state with them
+    s_u = gl.allocate_shared_memory(gl.float32, [L * RATIO, V], PLAIN)
+    s_o = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
     barrier()
-    gl.store(p_span, new_first)
-    gl.store(p_span + 1, new_held + 1)
+    if HALF_IO:
+        products(s_tokens, s_tokens.slice(0, N), s_dots, max(16, 2 * L), N, K, True, num_warps)
+    else:
+        products(s_tokens.slice(0, 2 * L), s_tokens.slice(0, N), s_dots.slice(0, 2 * L), 2 * L, N, K, False, num_warps)
 
-    # the products with the anchors
-    for i in gl.static_range(STEPS):
-        # committed behind tile i: the other first ones, the ring, and what was asked for since
-        if i < NBUF:
-            async_copy.wait_group(NBUF - i + min(i, STEPS - NBUF))
-        else:
-            async_copy.wait_group(min(i, STEPS - NBUF) - (i - NBUF) - 1)
-        barrier()
-        b_s = s_state.index(i % NBUF).load(TILE).to(gl.float32)
+    if REPLAY:
+        # every thread has read the span
+        gl.store(p_span, new_first)
+        gl.store(p_span + 1, new_held + 1)
+        # The weight of each update in S_n k and S_n q of each token: the updates of a ring that folds have none.
+        s_weights = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, RB], PLAIN)
+        s_rdots = gl.allocate_shared_memory(gl.float32, [max(RB, 16), N], PLAIN)
+        s_left = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
+        behind = gl.associative_scan(x_rg, 0, plus, reverse=True)
+        left = gl.sum(x_rg, axis=0)[None, :] + gl.where(o_j == 0, x_oldest, 0.0)
+        left = gl.sum(gl.where(o_j == 0, left, 0.0), axis=0)[None, :]
         if folds:
-            b_s = gl.where(fresh, 0.0, b_s)
-            for j in range(held):
-                slot_j = first + j
-                slot_j = gl.where(slot_j >= slots, slot_j - slots, slot_j)
-                k_j = gl.load(p_ring_k + slot_j * (num_k_heads * K) + o_k).to(gl.float32)
-                u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + i * BV + o_v).to(gl.float32)
-                b_s = (
-                    gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + i // BY_HEAD)) * b_s + u_j[:, None] * k_j[None, :]
-                )
-            gl.store(p_s + i * (BV * K), b_s.to(STATE))
+            behind = behind + float("-inf")
+            left = gl.zeros_like(left)
+        s_left.permute([1, 0]).store(left)
+        async_copy.wait_group(0)
+        barrier()
+        if HALF_IO:
+            products(s_rk, s_tokens.slice(0, N), s_rdots, max(RB, 16), N, K, True, num_warps)
+        else:
+            products(s_rk, s_tokens.slice(0, N), s_rdots, max(RB, 16), N, K, False, num_warps)
+        barrier()
         for t in gl.static_range(L):
-            q = s_qk.slice(t, 1).slice(0, K, dim=1).load(TILE).to(gl.float32)
-            k = s_qk.slice(t, 1).slice(K, K, dim=1).load(TILE).to(gl.float32)
-            s_p.slice(2 * t * RATIO + i // BY_HEAD, 1).slice(i % BY_HEAD * BV, BV, dim=1).permute([1, 0]).store(
-                gl.sum(b_s * k, axis=1)[:, None]
-            )
-            s_p.slice((2 * t + 1) * RATIO + i // BY_HEAD, 1).slice(i % BY_HEAD * BV, BV, dim=1).permute([1, 0]).store(
-                gl.sum(b_s * q, axis=1)[:, None]
-            )
-        if i + NBUF < STEPS:
-            barrier()
-            copy_to_shared(s_state.index(i % NBUF), p_s + (i + NBUF) * (BV * K))
-            async_copy.commit_group()
+            behind += s_g.slice(t * RATIO, RATIO).permute([1, 0]).load(SCAN)
+            for n in gl.static_range(2):
+                dots = s_rdots.slice(0, RB).slice(2 * t + n, 1, dim=1).load(SCAN)
+                s_weights.slice((2 * t + n) * RATIO, RATIO).permute([1, 0]).store(gl.exp(behind) * dots)
 
-    async_copy.wait_group(0)
-    barrier()
-    # the updates, those of the step among them, one token after the other
-    o_jt = gl.arange(0, RB, layout=BY_V)
-    b_rk = s_rk.load(TILE).to(gl.float32)
-    o_jr = gl.arange(0, RB, layout=gl.SliceLayout(1, gl.SliceLayout(2, RING)))
-    b_ru = s_ru.reshape([RB, RATIO, V]).load(RING).to(gl.float32)
-    b_ru += b_ru * 0.0  # an infinite update makes products of S_n NaN: its k has both signs
-    o_u = o_r[:, None] * V + o_f[None, :]
-    if NORM:
-        p_z += start * stride_z_t + i_hk * stride_z_k
+    targets = ()
     for t in gl.static_range(L):
-        if t < length:
-            q_t = s_qk.slice(t, 1).slice(0, K, dim=1).load(TILE).to(gl.float32)
-            k_t = s_qk.slice(t, 1).slice(K, K, dim=1).load(TILE).to(gl.float32)
-            b_rk_t = b_rk
-            b_rk = gl.where((o_jt == new_held + t)[:, None], k_t, b_rk)
-            dot_k = gl.convert_layout(gl.sum(b_rk_t * k_t, axis=1), gl.SliceLayout(1, WEIGHTS))
-            dot_q = gl.convert_layout(gl.sum(b_rk * q_t, axis=1), gl.SliceLayout(1, WEIGHTS))
-            behind += g[t][None, :]
-            left += g[t]
-            b_w = gl.exp(behind)
-            mine = o_jr == new_held + t
-            with_k = b_w * dot_k[:, None]
-            behind = gl.where(mine[:, None], 0.0, behind)
-            with_q = gl.where(mine[:, None], 1.0, b_w) * dot_q[:, None]
-            decay = gl.convert_layout(gl.exp(left), gl.SliceLayout(1, HEADS))[:, None]
-            beta_t = gl.convert_layout(beta[t], gl.SliceLayout(1, HEADS))[:, None]
-            v_t = s_v.slice(t * RATIO, RATIO).load(HEADS).to(gl.float32)
-            p_k = s_p.slice(2 * t * RATIO, RATIO).load(HEADS)
-            p_q = s_p.slice((2 * t + 1) * RATIO, RATIO).load(HEADS)
-            u_t = beta_t * (v_t - decay * p_k - gl.sum(with_k[:, :, None] * b_ru, axis=0))
-            b_ru = gl.where(mine[:, None, None], u_t[None, :, :], b_ru)
-            o_new = scale * (decay * p_q + gl.sum(with_q[:, :, None] * b_ru, axis=0))
-            slot_t = new_first + new_held + t
-            slot_t = gl.where(slot_t >= slots, slot_t - slots, slot_t)
-            gl.store(p_ring_u + slot_t * (num_v_heads * V) + o_u, u_t.to(UPDATE))
-            gl.store(p_ring_g + slot_t * num_v_heads + o_h, g[t])
-            p_new = p_ring_k + slot_t * (num_k_heads * K) + o_k[None, :] + gl.arange(0, 1, layout=BY_V)[:, None]
-            gl.store(p_new, k_t.to(p_ring_k.dtype.element_ty))
-            if NORM:
-                o_new = gated_norm(
-                    o_new.to(IO).to(gl.float32), p_z + t * stride_z_t, p_norm_weight, o_r, o_f, stride_z_h, V, eps,
-                    is_sigmoid,
-                )  # fmt: skip
-            gl.store(p_out + t * stride_out_t + o_out, o_new.to(p_out.dtype.element_ty))
+        if VERIFY and not REPLAY:
+            p_target = p_indices + i_b * stride_indices + gl.minimum(t, num_slots - 1)
+            targets = targets + (gl.load(p_target).to(gl.int64),)
+        else:
+            targets = targets + (row,)
+    o_sub = gl.arange(0, SUB, layout=BY_V)[:, None] * K + o_k[None, :]
+    o_u = gl.arange(0, V, layout=gl.SliceLayout(0, VECTORS))[None, :]
+    o_uk = gl.arange(0, K, layout=gl.SliceLayout(0, VECTORS))[None, :]
+    o_0 = gl.arange(0, 1, layout=gl.SliceLayout(1, VECTORS))[:, None]
+    for r in gl.static_range(RATIO):
+        for c in gl.static_range(BY_HEAD):
+            # Committed behind this tile: the other first ones, the ring, and what was asked for since.
+            if REPLAY:
+                if r * BY_HEAD + c < NBUF:
+                    async_copy.wait_group(0)
+                else:
+                    async_copy.wait_group(
+                        min(r * BY_HEAD + c, STEPS - NBUF) - (r * BY_HEAD + c - NBUF) - 1
+                    )  # fmt: skip
+            else:
+                if r * BY_HEAD + c < NBUF:
+                    async_copy.wait_group(NBUF - 1 - (r * BY_HEAD + c) + min(r * BY_HEAD, STEPS - NBUF))
+                else:
+                    async_copy.wait_group(min(r * BY_HEAD, STEPS - NBUF) - (r * BY_HEAD + c - NBUF) - 1)
+            barrier()
+            s_tile = s_state.index((r * BY_HEAD + c) % NBUF)
+            if REPLAY:  # noqa: SIM102 - known when this is compiled
+                if folds:
+                    for h in gl.static_range(BV // SUB):
+                        b_s = s_tile.slice(h * SUB, SUB).load(TILE).to(gl.float32)
+                        b_s = gl.where(fresh, 0.0, b_s)
+                        o_row = gl.arange(0, SUB, layout=BY_V) + (r * V + c * BV + h * SUB)
+                        for j in range(held):
+                            slot_j = first + j
+                            slot_j = gl.where(slot_j >= slots, slot_j - slots, slot_j)
+                            k_j = gl.load(p_ring_k + slot_j * (num_k_heads * K) + o_k).to(gl.float32)
+                            u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + o_row).to(gl.float32)
+                            d_j = gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + r))
+                            b_s = d_j * b_s + u_j[:, None] * k_j[None, :]
+                        if MATRIX:
+                            # The products are of what is stored then: rounded to the io dtype, as outputs are.
+                            s_tile.slice(h * SUB, SUB).store(b_s.to(STATE))
+                        else:
+                            for n in gl.static_range(2 * L):
+                                s_new = s_p.slice(c * BV + h * SUB, SUB).slice(n, 1, dim=1)
+                                s_new.store(gl.sum(b_s * s_exact.slice(n, 1).load(TILE), axis=1)[:, None])
+                        p_new = p_state + row * stride_state + (r * V + c * BV + h * SUB) * K + o_sub
+                        gl.store(p_new, b_s.to(STATE))
+                    barrier()
+            if MATRIX:
+                products(s_tile, s_tokens.slice(0, N), s_p.slice(c * BV, BV), BV, N, K, True, num_warps)
+            elif REPLAY:
+                if not folds:
+                    products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, K, False, num_warps)
+            else:
+                products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, K, False, num_warps)
+            if REPLAY and r * BY_HEAD + c + NBUF < STEPS:
+                barrier()
+                copy_to_shared(s_tile, p_tile + (r * BY_HEAD + c + NBUF) * (BV * K))
+                async_copy.commit_group()
+        barrier()
+
+        # One token after the other, on vectors alone: S_t k = exp(l) S_0 k + the sum of exp(l_s) (k_s . k) u_s
+        left = gl.zeros([1, 1], gl.float32, VECTORS)
+        if REPLAY:
+            b_ru = s_ru.slice(r * V, V, dim=1).load(VECTORS).to(gl.float32)
+            b_ru += b_ru * 0.0  # an infinite update makes products of S_n NaN: its k has both signs
+            left = s_left.slice(r, 1).load(VECTORS)
+        gs = ()
+        updates = ()
+        for t in gl.static_range(L):
+            g_t = s_g.slice(t * RATIO + r, 1).load(VECTORS)
+            left = left + g_t
+            decay = gl.exp(left)
+            S_q = decay * gl.where(fresh, 0.0, s_p.slice(2 * t, 1, dim=1).permute([1, 0]).load(VECTORS))
+            S_k = decay * gl.where(fresh, 0.0, s_p.slice(2 * t + 1, 1, dim=1).permute([1, 0]).load(VECTORS))
+            if REPLAY:
+                w_q = s_weights.slice(2 * t * RATIO + r, 1).permute([1, 0]).load(VECTORS)
+                w_k = s_weights.slice((2 * t + 1) * RATIO + r, 1).permute([1, 0]).load(VECTORS)
+                S_q += gl.sum(w_q * b_ru, axis=0)[None, :]
+                S_k += gl.sum(w_k * b_ru, axis=0)[None, :]
+            between = g_t
+            for s in gl.static_range(t):
+                # from the newest backwards: a cumulative sum would lose small gates behind a large one
+                s_dot = s_dots.slice(2 * (t - 1 - s) + 1, 1)
+                w = gl.exp(between)
+                S_q += w * s_dot.slice(2 * t, 1, dim=1).load(VECTORS) * updates[t - 1 - s]
+                S_k += w * s_dot.slice(2 * t + 1, 1, dim=1).load(VECTORS) * updates[t - 1 - s]
+                between = between + gs[t - 1 - s]
+            v = s_v.slice(t * RATIO + r, 1).load(VECTORS).to(gl.float32)
+            u = s_beta.slice(t * RATIO + r, 1).load(VECTORS) * (v - S_k)
+            o = scale * (S_q + s_dots.slice(2 * t + 1, 1).slice(2 * t, 1, dim=1).load(VECTORS) * u)
+            s_o.slice(t * RATIO + r, 1).store(o.to(IO))
+            if REPLAY:
+                slot_t = new_first + new_held + t
+                slot_t = gl.where(slot_t >= slots, slot_t - slots, slot_t)
+                wanted = (o_0 + t < length) & (o_u >= 0)
+                gl.store(p_ring_u + slot_t * (num_v_heads * V) + r * V + o_u + o_0, u.to(UPDATE), mask=wanted)
+                if r == 0:
+                    k_t = s_tokens.slice(2 * t + 1, 1).load(VECTORS)
+                    wanted = (o_0 + t < length) & (o_uk >= 0)
+                    gl.store(p_ring_k + slot_t * (num_k_heads * K) + o_uk + o_0, k_t, mask=wanted)
+            else:
+                s_u.slice(t * RATIO + r, 1).store(u)
+            gs = gs + (g_t,)
+            updates = updates + (u + u * 0.0,)
+
+        if not REPLAY:
+            barrier()
+            for c in gl.static_range(BY_HEAD):
+                s_old = s_state.index((r * BY_HEAD + c) % NBUF)
+                for h in gl.static_range(BV // SUB):
+                    b_s = s_old.slice(h * SUB, SUB).load(TILE).to(gl.float32)
+                    b_s = gl.where(fresh, 0.0, b_s)
+                    for t in gl.static_range(L):
+                        if t < length:
+                            k_n = s_exact.slice(2 * t + 1, 1).load(TILE)
+                            s_un = s_u.slice(t * RATIO + r, 1).slice(c * BV + h * SUB, SUB, dim=1)
+                            d_n = gl.exp(s_g.slice(t * RATIO + r, 1).load(TILE))
+                            b_s = d_n * b_s + s_un.permute([1, 0]).load(TILE) * k_n
+                            if (targets[t] > null_index) & (t < num_slots):
+                                p_new = p_state + targets[t] * stride_state + (r * V + c * BV + h * SUB) * K + o_sub
+                                gl.store(p_new, b_s.to(STATE))
+                if r * BY_HEAD + c + NBUF < STEPS:
+                    barrier()
+                    copy_to_shared(s_old, p_tile + (r * BY_HEAD + c + NBUF) * (BV * K))
+                    async_copy.commit_group()
+        barrier()
+
+    o_l = gl.arange(0, L * RATIO, layout=gl.SliceLayout(1, ROWS))[:, None]
+    o_n = gl.arange(0, V, layout=gl.SliceLayout(0, ROWS))
+    o_f = o_n[None, :]
+    b_o = s_o.load(ROWS)
+    wanted = (o_l // RATIO < length) & (o_f >= 0)
+    if NORM:
+        b_o = b_o.to(gl.float32)
+        p_z += start * stride_z_t + i_hk * stride_z_k
+        b_z = gl.load(p_z + o_l // RATIO * stride_z_t + o_l % RATIO * stride_z_h + o_f, mask=wanted, other=0.0)
+        weight = gl.load(p_norm_weight + o_n).to(gl.float32)
+        b_o = rms_norm_gated(b_o, b_z.to(gl.float32), weight, V, eps, is_sigmoid)
+    p_line = p_out + o_l // RATIO * stride_out_t + o_l % RATIO * stride_out_h + o_f
+    gl.store(p_line, b_o.to(p_out.dtype.element_ty), mask=wanted)
 
 
-def step_options(staging: Staging, ratio: int, V: int, tokens: int) -> dict[str, Any]:
-    """What a launch of either kernel adds: tiles, for sequences of at most `tokens` tokens, and Triton's options."""
+# What a launch for an op without a ring passes in the ring's place.
+NO_RING = {
+    "p_ring_k": None, "p_ring_u": None, "p_ring_g": None, "p_span": None, "stride_rk_n": 0, "stride_ru_n": 0,
+    "stride_rg_n": 0, "stride_span": 0, "slots": 0, "most": 0, "RB": 1,
+}  # fmt: skip
+
+
+def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool = False) -> dict[str, Any]:
+    """What a launch adds: tiles, for sequences of at most `tokens` tokens, and Triton's options."""
     steps = ratio * V // staging.rows
+    # A state that is written is gone through twice, so all of a head's has to be there.
+    buffers = staging.buffers if ring else max(staging.buffers, V // staging.rows)
     options: dict[str, Any] = {"maxnreg": staging.registers} if staging.registers else {}
     return options | {
-        "BV": staging.rows, "NBUF": min(staging.buffers, steps), "L": triton.next_power_of_2(tokens),
+        "BV": staging.rows, "NBUF": min(buffers, steps), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
         "num_warps": min(staging.num_warps, ratio * V // 32),
     }  # fmt: skip
