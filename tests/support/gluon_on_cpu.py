@@ -153,6 +153,10 @@ class Shared:
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.x.view(shape))
 
+    @property
+    def dtype(self) -> Dtype:
+        return DTYPES[self.x.dtype]
+
     def load(self, layout: Any) -> Value:
         return Value(self.x.clone())
 
@@ -241,7 +245,7 @@ def language(program: int) -> types.SimpleNamespace:
         convert_layout=lambda x, layout: x, sum=lambda x, axis: Value(x.x.sum(axis)),
         program_id=lambda axis: Value(torch.tensor(program, dtype=torch.int32)),
         arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
-        reshape=lambda x, shape: Value(x.x.reshape(shape)),
+        reshape=lambda x, shape: Value(x.x.reshape(shape)), split=lambda x: (Value(x.x[..., 0]), Value(x.x[..., 1])),
         zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype.torch)),
     )  # fmt: skip
 

@@ -427,10 +427,9 @@ def run(
         config = stagings.staging(state, batch, num_k_heads, (ring_k, ring_u))
     if isinstance(config, Staging):
         options = step_options(config, ratio, head_v_dim, most if speculative else 1, ring=True)
-        launch(
-            staged_kernel, (sequences * num_k_heads,), **arguments, **options, p_start=None, stride_start=0,
-            has_start=0, num_slots=1,
-        )  # fmt: skip
+        # A matrix product is of 16 slots at least.
+        options |= {"RB": max(16, arguments["RB"]), "p_start": None, "stride_start": 0, "has_start": 0, "num_slots": 1}
+        launch(staged_kernel, (sequences * num_k_heads,), **arguments | options)
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
     block_v = tile.block_v(head_k_dim, head_v_dim)

@@ -18,8 +18,8 @@ Without a ring the states follow from u, S_t = exp(g_t) S_{t-1} + u_t k_t^T, in 
 This is Gluon, Triton's own language with layouts said: a Triton program can neither start a copy early and wait late
 outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). Triton's
 interpreter does not know it; tests/support/gluon_on_cpu.py does. A launcher asks `staging` and takes its own kernel
-where that has none: other GPUs and dims, an older Triton, few heads, value heads that are no power of two, pools whose rows are not
-aligned, long rings.
+where that has none: other GPUs and dims, an older Triton, few heads, value heads that are no power of two, pools whose
+rows are not aligned, long rings.
 
 Layouts, NW warps, VEC elements of a state in 16 bytes:
     TILE     [BV, K] of a state: 8 lanes along K, so that a row's sum takes three shuffles and a thread has K/8 of a row
@@ -190,24 +190,56 @@ def plus(a, b):
 
 
 @gluon.jit
-def products(
-    s_rows, s_tokens, s_out, M: gl.constexpr, N: gl.constexpr, K: gl.constexpr, MATRIX: gl.constexpr,
-    num_warps: gl.constexpr,
-):  # fmt: skip
-    """s_out [M, N] = rows [M, K] times tokens [N, K] transposed, in fp32: by tensor cores, or else by sums."""
-    if MATRIX:
-        MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
-        b_rows = s_rows.load(gl.DotOperandLayout(0, MMA, 2))
-        b_tokens = s_tokens.permute([1, 0]).load(gl.DotOperandLayout(1, MMA, 2))
-        s_out.store(mma_v2(b_rows, b_tokens, gl.zeros([M, N], gl.float32, MMA)))
-    else:
-        TILE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
-        SUB: gl.constexpr = min(M, 32)
-        for m in gl.static_range(M // SUB):
-            b_rows = s_rows.slice(m * SUB, SUB).load(TILE).to(gl.float32)
-            for n in gl.static_range(N):
-                b_token = s_tokens.slice(n, 1).load(TILE).to(gl.float32)
-                s_out.slice(m * SUB, SUB).slice(n, 1, dim=1).store(gl.sum(b_rows * b_token, axis=1)[:, None])
+def columns(x, M: gl.constexpr, N: gl.constexpr, LEVELS: gl.constexpr):
+    """x [M, N], N = 2^LEVELS, a thread with whole rows -> its N columns [M]: moves nothing."""
+    parts = (x,)
+    for i in gl.static_range(LEVELS):
+        low = ()
+        high = ()
+        for j in gl.static_range(2**i):
+            if i + 1 == LEVELS:
+                even, odd = gl.split(parts[j])
+            else:
+                even, odd = gl.split(gl.reshape(parts[j], [M, N // 2 ** (i + 1), 2]))
+            low = low + (even,)
+            high = high + (odd,)
+        parts = low + high
+    return parts
+
+
+@gluon.jit
+def folded(s_tile, s_rk, s_ru, kept, weights, fresh, BV: gl.constexpr, K: gl.constexpr, num_warps: gl.constexpr):
+    """s_tile = kept times itself plus the updates [RB, BV], weighted, times their k; a thread writes what it has read.
+
+    A weighted update goes into the product in two halves that have its bits together.
+    """
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    ROWS: gl.constexpr = min(16 * num_warps, BV)
+    WIDTH: gl.constexpr = K // 2  # of registers
+    for m in gl.static_range(BV // ROWS):
+        b_u = s_ru.slice(m * ROWS, ROWS, dim=1).permute([1, 0]).load(LEFT)
+        high = weights * b_u.to(gl.float32)
+        low = high - high.to(b_u.dtype).to(gl.float32)
+        low = gl.where(low == low, low, 0.0).to(b_u.dtype)
+        high = high.to(b_u.dtype)
+        for h in gl.static_range(2):
+            s_part = s_tile.slice(m * ROWS, ROWS).slice(h * WIDTH, WIDTH, dim=1)
+            b_k = s_rk.slice(h * WIDTH, WIDTH, dim=1).load(gl.DotOperandLayout(1, MMA, 2))
+            b_s = mma_v2(low, b_k, kept * gl.where(fresh, 0.0, s_part.load(MMA).to(gl.float32)))
+            s_part.store(mma_v2(high, b_k, b_s).to(s_part.dtype))
+
+
+@gluon.jit
+def products(s_rows, s_tokens, s_out, M: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr):
+    """s_out [M, N] = rows [M, K] times tokens [N, K] transposed, by sums in fp32."""
+    TILE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+    SUB: gl.constexpr = min(M, 32)
+    for m in gl.static_range(M // SUB):
+        b_rows = s_rows.slice(m * SUB, SUB).load(TILE).to(gl.float32)
+        for n in gl.static_range(N):
+            b_token = s_tokens.slice(n, 1).load(TILE).to(gl.float32)
+            s_out.slice(m * SUB, SUB).slice(n, 1, dim=1).store(gl.sum(b_rows * b_token, axis=1)[:, None])
 
 
 @counted
@@ -253,9 +285,15 @@ def staged_kernel(
         [RB, 1], [1, 32], [1, num_warps], [1, 0]
     )  # all slots of a ring in a thread
     ROWS: gl.constexpr = gl.BlockedLayout([1, V // 32], [1, 32], [num_warps, 1], [1, 0])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(VEC, 1, 8, [1, 0])
     SHARED_IO: gl.constexpr = gl.SwizzledSharedLayout(VEC_IO, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    BY_ROW: gl.constexpr = gl.BlockedLayout([1, N], [32, 1], [num_warps, 1], [1, 0])
+    OF_V: gl.constexpr = gl.SliceLayout(0, VECTORS)
+    LEVELS: gl.constexpr = 1 + (N > 2) + (N > 4) + (N > 8)
     BY_K: gl.constexpr = gl.SliceLayout(0, TILE)
     BY_V: gl.constexpr = gl.SliceLayout(1, TILE)
 
@@ -328,10 +366,10 @@ def staged_kernel(
         UPDATE: gl.constexpr = p_ring_u.dtype.element_ty
         KEYS: gl.constexpr = gl.BlockedLayout([1, VEC_IO], [32 * VEC_IO // K, K // VEC_IO], [num_warps, 1], [1, 0])
         UPDATES: gl.constexpr = gl.BlockedLayout([1, 128 // UPDATE.primitive_bitwidth], [1, 32], [num_warps, 1], [1, 0])
-        SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [min(RB, 32), 32 // min(RB, 32)], [1, num_warps], [0, 1])
-        s_rk = gl.allocate_shared_memory(IO, [max(RB, 16), K], SHARED_IO)
+        SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [RB, 32 // RB], [1, num_warps], [0, 1])
+        s_rk = gl.allocate_shared_memory(IO, [RB, K], SHARED_IO)
         s_ru = gl.allocate_shared_memory(UPDATE, [RB, RATIO * V], PLAIN)
-        o_j = gl.arange(0, max(RB, 16), layout=gl.SliceLayout(1, KEYS))[:, None]
+        o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, KEYS))[:, None]
         o_n = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
         slot = first + o_j
         slot = gl.where(slot >= slots, slot - slots, slot)
@@ -390,13 +428,15 @@ def staged_kernel(
     s_beta.store(sigmoid(b.to(gl.float32)))
     s_dots = gl.allocate_shared_memory(gl.float32, [max(16, 2 * L), N], PLAIN)  # of tokens with tokens
     s_p = gl.allocate_shared_memory(gl.float32, [V, N], PLAIN)  # of a head's state with them
-    s_u = gl.allocate_shared_memory(gl.float32, [L * RATIO, V], PLAIN)
+    if not REPLAY:
+        s_u = gl.allocate_shared_memory(gl.float32, [L * RATIO, V], PLAIN)
     s_o = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
     barrier()
     if HALF_IO:
-        products(s_tokens, s_tokens.slice(0, N), s_dots, max(16, 2 * L), N, K, True, num_warps)
+        b_tokens = s_tokens.slice(0, N).permute([1, 0]).load(RIGHT)
+        s_dots.store(mma_v2(s_tokens.load(LEFT), b_tokens, gl.zeros([max(16, 2 * L), N], gl.float32, MMA)))
     else:
-        products(s_tokens.slice(0, 2 * L), s_tokens.slice(0, N), s_dots.slice(0, 2 * L), 2 * L, N, K, False, num_warps)
+        products(s_tokens.slice(0, 2 * L), s_tokens, s_dots.slice(0, 2 * L), 2 * L, N, num_warps)
 
     if REPLAY:
         # every thread has read the span
@@ -404,26 +444,32 @@ def staged_kernel(
         gl.store(p_span + 1, new_held + 1)
         # The weight of each update in S_n k and S_n q of each token: the updates of a ring that folds have none.
         s_weights = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, RB], PLAIN)
-        s_rdots = gl.allocate_shared_memory(gl.float32, [max(RB, 16), N], PLAIN)
+        s_rdots = gl.allocate_shared_memory(gl.float32, [RB, N], PLAIN)
         s_left = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
         behind = gl.associative_scan(x_rg, 0, plus, reverse=True)
         left = gl.sum(x_rg, axis=0)[None, :] + gl.where(o_j == 0, x_oldest, 0.0)
         left = gl.sum(gl.where(o_j == 0, left, 0.0), axis=0)[None, :]
+        if MATRIX:
+            s_kept = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
+            s_fold = gl.allocate_shared_memory(gl.float32, [RATIO, RB], PLAIN)
         if folds:
+            if MATRIX:
+                s_kept.permute([1, 0]).store(gl.exp(left))
+                s_fold.permute([1, 0]).store(gl.exp(behind))
             behind = behind + float("-inf")
             left = gl.zeros_like(left)
         s_left.permute([1, 0]).store(left)
         async_copy.wait_group(0)
         barrier()
         if HALF_IO:
-            products(s_rk, s_tokens.slice(0, N), s_rdots, max(RB, 16), N, K, True, num_warps)
+            s_rdots.store(mma_v2(s_rk.load(LEFT), b_tokens, gl.zeros([RB, N], gl.float32, MMA)))
         else:
-            products(s_rk, s_tokens.slice(0, N), s_rdots, max(RB, 16), N, K, False, num_warps)
+            products(s_rk, s_tokens, s_rdots, RB, N, num_warps)
         barrier()
         for t in gl.static_range(L):
             behind += s_g.slice(t * RATIO, RATIO).permute([1, 0]).load(SCAN)
             for n in gl.static_range(2):
-                dots = s_rdots.slice(0, RB).slice(2 * t + n, 1, dim=1).load(SCAN)
+                dots = s_rdots.slice(2 * t + n, 1, dim=1).load(SCAN)
                 s_weights.slice((2 * t + n) * RATIO, RATIO).permute([1, 0]).store(gl.exp(behind) * dots)
 
     targets = ()
@@ -456,34 +502,39 @@ def staged_kernel(
             s_tile = s_state.index((r * BY_HEAD + c) % NBUF)
             if REPLAY:  # noqa: SIM102 - known when this is compiled
                 if folds:
-                    for h in gl.static_range(BV // SUB):
-                        b_s = s_tile.slice(h * SUB, SUB).load(TILE).to(gl.float32)
-                        b_s = gl.where(fresh, 0.0, b_s)
-                        o_row = gl.arange(0, SUB, layout=BY_V) + (r * V + c * BV + h * SUB)
-                        for j in range(held):
-                            slot_j = first + j
-                            slot_j = gl.where(slot_j >= slots, slot_j - slots, slot_j)
-                            k_j = gl.load(p_ring_k + slot_j * (num_k_heads * K) + o_k).to(gl.float32)
-                            u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + o_row).to(gl.float32)
-                            d_j = gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + r))
-                            b_s = d_j * b_s + u_j[:, None] * k_j[None, :]
-                        if MATRIX:
-                            # The products are of what is stored then: rounded to the io dtype, as outputs are.
-                            s_tile.slice(h * SUB, SUB).store(b_s.to(STATE))
-                        else:
+                    p_new = p_state + row * stride_state + (r * V + c * BV) * K
+                    if MATRIX:
+                        # The products are of what is stored then: rounded to the io dtype, as outputs are.
+                        s_update = s_ru.slice(r * V + c * BV, BV, dim=1)
+                        weights = s_fold.slice(r, 1).load(LEFT)
+                        folded(s_tile, s_rk, s_update, s_kept.slice(r, 1).load(MMA), weights, fresh, BV, K, num_warps)
+                        barrier()
+                        for h in gl.static_range(BV // SUB):
+                            gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
+                    else:
+                        for h in gl.static_range(BV // SUB):
+                            b_s = s_tile.slice(h * SUB, SUB).load(TILE).to(gl.float32)
+                            b_s = gl.where(fresh, 0.0, b_s)
+                            o_row = gl.arange(0, SUB, layout=BY_V) + (r * V + c * BV + h * SUB)
+                            for j in range(held):
+                                slot_j = first + j
+                                slot_j = gl.where(slot_j >= slots, slot_j - slots, slot_j)
+                                k_j = gl.load(p_ring_k + slot_j * (num_k_heads * K) + o_k).to(gl.float32)
+                                u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + o_row).to(gl.float32)
+                                d_j = gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + r))
+                                b_s = d_j * b_s + u_j[:, None] * k_j[None, :]
                             for n in gl.static_range(2 * L):
                                 s_new = s_p.slice(c * BV + h * SUB, SUB).slice(n, 1, dim=1)
                                 s_new.store(gl.sum(b_s * s_exact.slice(n, 1).load(TILE), axis=1)[:, None])
-                        p_new = p_state + row * stride_state + (r * V + c * BV + h * SUB) * K + o_sub
-                        gl.store(p_new, b_s.to(STATE))
-                    barrier()
+                            gl.store(p_new + h * SUB * K + o_sub, b_s.to(STATE))
             if MATRIX:
-                products(s_tile, s_tokens.slice(0, N), s_p.slice(c * BV, BV), BV, N, K, True, num_warps)
+                b_p = mma_v2(s_tile.load(LEFT), b_tokens, gl.zeros([BV, N], gl.float32, MMA))
+                s_p.slice(c * BV, BV).store(b_p)
             elif REPLAY:
                 if not folds:
-                    products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, K, False, num_warps)
+                    products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, num_warps)
             else:
-                products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, K, False, num_warps)
+                products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, num_warps)
             if REPLAY and r * BY_HEAD + c + NBUF < STEPS:
                 barrier()
                 copy_to_shared(s_tile, p_tile + (r * BY_HEAD + c + NBUF) * (BV * K))
@@ -496,14 +547,16 @@ def staged_kernel(
             b_ru = s_ru.slice(r * V, V, dim=1).load(VECTORS).to(gl.float32)
             b_ru += b_ru * 0.0  # an infinite update makes products of S_n NaN: its k has both signs
             left = s_left.slice(r, 1).load(VECTORS)
+        # A thread's rows of the products with the state: q's and k's of each token.
+        b_p = columns(s_p.load(BY_ROW), V, N, LEVELS)
         gs = ()
         updates = ()
         for t in gl.static_range(L):
             g_t = s_g.slice(t * RATIO + r, 1).load(VECTORS)
             left = left + g_t
             decay = gl.exp(left)
-            S_q = decay * gl.where(fresh, 0.0, s_p.slice(2 * t, 1, dim=1).permute([1, 0]).load(VECTORS))
-            S_k = decay * gl.where(fresh, 0.0, s_p.slice(2 * t + 1, 1, dim=1).permute([1, 0]).load(VECTORS))
+            S_q = decay * gl.where(fresh, 0.0, gl.convert_layout(b_p[2 * t], OF_V)[None, :])
+            S_k = decay * gl.where(fresh, 0.0, gl.convert_layout(b_p[2 * t + 1], OF_V)[None, :])
             if REPLAY:
                 w_q = s_weights.slice(2 * t * RATIO + r, 1).permute([1, 0]).load(VECTORS)
                 w_k = s_weights.slice((2 * t + 1) * RATIO + r, 1).permute([1, 0]).load(VECTORS)
