@@ -96,84 +96,61 @@ class Stagings(Table[tuple[Staging | None, Staging | None]]):
 
 
 @gluon.jit
-def inputs(
-    p_x, p_history, o_t, o_x, o_c, length, fresh, stride_x, stride_cs_c, stride_cs_w, W: gl.constexpr,
-    ONE: gl.constexpr, i: gl.constexpr,
+def conv_inputs(
+    p_x, p_history, p_weight, p_bias, o_t, o_x, o_c, length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c,
+    stride_cs_w, W: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """[L, channels]: what tap i meets at tokens o_t: an input, or one of the history before the first token."""
-    if ONE:
+    """What each tap of channels o_c meets at tokens o_t [L, channels], the taps' weights [channels], the bias if any.
+
+    A tap meets an input, or one of the history before the first token.
+    """
+    o_x = o_x[None, :]
+    o_n = o_c[None, :]
+    loaded = ()
+    for i in gl.static_range(W):
+        o_i = o_t + (i - (W - 1))
         if i == W - 1:
-            return gl.load(p_x + o_t * stride_x + o_x).to(gl.float32)
-        else:
-            return gl.load(
-                p_history + o_c * stride_cs_c + (o_t + i) * stride_cs_w, mask=(o_c >= 0) & (fresh == 0), other=0.0
-            ).to(gl.float32)
-    else:
-        o_n = o_t + (i - (W - 1))
-        x = gl.load(p_x + o_n * stride_x + o_x, mask=(o_n >= 0) & (o_n < length), other=0.0).to(gl.float32)
-        if i == W - 1:
-            return x
+            x = gl.load(p_x + o_i * stride_x + o_x, mask=(o_i < length) & (o_n >= 0), other=0.0).to(gl.float32)
         else:
             old = gl.load(
-                p_history + o_c * stride_cs_c + (o_n + W - 1) * stride_cs_w,
-                mask=(o_n < 0) & (o_c >= 0) & (fresh == 0),
+                p_history + o_n * stride_cs_c + (o_i + W - 1) * stride_cs_w,
+                mask=(o_i < 0) & (o_n >= 0) & (fresh == 0),
                 other=0.0,
-            )
-            return gl.where(o_n < 0, old.to(gl.float32), x)
+            ).to(gl.float32)
+            if L == 1:
+                x = old
+            else:
+                x = gl.load(p_x + o_i * stride_x + o_x, mask=(o_i >= 0) & (o_i < length), other=0.0).to(gl.float32)
+                x = gl.where(o_i < 0, old, x)
+        loaded = loaded + (x,)
+    for i in gl.static_range(W):
+        loaded = loaded + (gl.load(p_weight + o_c * stride_w_c + i * stride_w_t).to(gl.float32),)
+    if p_bias is not None:
+        loaded = loaded + (gl.load(p_bias + o_c).to(gl.float32),)
+    return loaded
 
 
 @gluon.jit
 def convolved(
-    p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, o_c, length, fresh, stride_x, stride_w_c, stride_w_t,
-    stride_cs_c, stride_cs_w, W: gl.constexpr, L: gl.constexpr,
+    loaded, p_conv_state, p_bias, o_t, o_c, length, stride_cs_c, stride_cs_w, W: gl.constexpr, IO: gl.constexpr,
 ):  # fmt: skip
-    """[L, channels]: conv and SiLU of channels o_c at tokens o_t, in the io dtype. Moves their history on.
+    """[L, channels]: conv and SiLU of `conv_inputs`, in the io dtype. Moves the history of channels o_c on.
 
     A thread has all tokens of its channels, and no other thread has them: what it overwrites it has read. Column c
     becomes what tap 1 meets at token c, and, past the last token, what later taps meet there.
     """
-    o_x = o_x[None, :]
-    o_n = o_c[None, :]
-    taps = ()
-    for i in gl.static_range(W):
-        taps = taps + (
-            inputs(p_x, p_history, o_t, o_x, o_n, length, fresh, stride_x, stride_cs_c, stride_cs_w, W, L == 1, i),
-        )
-    acc = taps[0] * gl.load(p_weight + o_c * stride_w_c).to(gl.float32)[None, :]
+    acc = loaded[0] * loaded[W][None, :]
     for i in gl.static_range(1, W):
-        acc += taps[i] * gl.load(p_weight + o_c * stride_w_c + i * stride_w_t).to(gl.float32)[None, :]
+        acc += loaded[i] * loaded[W + i][None, :]
     if p_bias is not None:
-        acc += gl.load(p_bias + o_c).to(gl.float32)[None, :]
+        acc += loaded[2 * W][None, :]
     for i in gl.static_range(1, W):
-        p_new = p_conv_state + o_n * stride_cs_c + (o_t + i - 1) * stride_cs_w
-        wanted = (o_t < length) & (o_n >= 0)
+        p_new = p_conv_state + o_c[None, :] * stride_cs_c + (o_t + i - 1) * stride_cs_w
+        wanted = (o_t < length) & (o_c >= 0)[None, :]
         if i > 1:
             wanted = wanted & (o_t == length - 1)
-        gl.store(p_new, taps[i].to(p_new.dtype.element_ty), mask=wanted)
-    return silu(acc).to(p_x.dtype.element_ty)
-
-
-@gluon.jit
-def convolved_group(
-    p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
-    first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads,
-    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, RATIO: gl.constexpr, L: gl.constexpr, TOKENS: gl.constexpr,
-):  # fmt: skip
-    """(q beside k [L, 2K], the v of all value heads [L, RATIO * V]) of key head i_hk, convolved."""
-    o_t = gl.arange(0, L, layout=gl.SliceLayout(1, TOKENS))[:, None]
-    o_c = gl.arange(0, 2 * K, layout=gl.SliceLayout(0, TOKENS))
-    o_x = i_hk * stride_x_k + o_c // K * first_k + o_c % K
-    b_qk = convolved(
-        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, (o_c // K * num_k_heads + i_hk) * K + o_c % K, length,
-        fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
-    )  # fmt: skip
-    o_c = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, TOKENS))
-    o_x = first_v + i_hk * stride_x_v + o_c
-    b_v = convolved(
-        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, 2 * num_k_heads * K + i_hk * (RATIO * V) + o_c,
-        length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
-    )  # fmt: skip
-    return b_qk, b_v
+        gl.store(p_new, loaded[i].to(p_new.dtype.element_ty), mask=wanted)
+    return silu(acc).to(IO)
 
 
 @gluon.jit
@@ -277,6 +254,7 @@ def staged_kernel(
     BY_HEAD: gl.constexpr = V // BV
     STEPS: gl.constexpr = RATIO * BY_HEAD
     SUB: gl.constexpr = min(BV, 32)  # rows that are in registers at a time where a state is changed
+    M: gl.constexpr = max(16, 2 * L)  # rows of a matrix product at least
     N: gl.constexpr = max(8, 2 * L) if HALF_IO else 2 * L  # columns of products: q and k of each token, and idle ones
     TILE: gl.constexpr = gl.BlockedLayout([1, VEC], [4, 8], [num_warps, 1], [1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([L, 1], [1, 32], [1, num_warps], [1, 0])
@@ -337,29 +315,88 @@ def staged_kernel(
                 gl.store(p_out + i_t * stride_out_t + o_z, gl.zeros([RATIO, V], p_out.dtype.element_ty, ROWS))
         return
 
-    # The states, tile by tile, on their way.
-    o_v = gl.arange(0, BV, layout=BY_V)
-    o_k = gl.arange(0, K, layout=BY_K)
-    s_state = gl.allocate_shared_memory(STATE, [NBUF, BV, K], SHARED)
-    p_state += i_hk * (RATIO * V * K)
-    p_tile = p_state + row * stride_state + o_v[:, None] * K + o_k[None, :]
-    for i in gl.static_range(NBUF):
-        copy_to_shared(s_state.index(i), p_tile + i * (BV * K))
-        async_copy.commit_group()
-
+    # What is loaded into registers is asked for first: behind the states of all programs it would wait for them.
     if REPLAY:
         p_span += row * stride_span + i_hk * 2
         first = gl.load(p_span)
         held = gl.load(p_span + 1) + accepted - 1
+    p_x += start * stride_x
+    p_conv_state += first_row * stride_cs_n
+    p_history = p_conv_state + gl.where(fresh, 0, accepted - 1) * stride_cs_w
+    o_t = gl.arange(0, L, layout=gl.SliceLayout(1, TOKENS))[:, None]
+    o_c = gl.arange(0, 2 * K, layout=gl.SliceLayout(0, TOKENS))
+    o_x = i_hk * stride_x_k + o_c // K * first_k + o_c % K
+    o_c = (o_c // K * num_k_heads + i_hk) * K + o_c % K
+    x_qk = conv_inputs(
+        p_x, p_history, p_weight, p_bias, o_t, o_x, o_c, length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c,
+        stride_cs_w, W, L,
+    )  # fmt: skip
+    o_cv = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, TOKENS))
+    o_x = first_v + i_hk * stride_x_v + o_cv
+    o_cv = 2 * num_k_heads * K + i_hk * (RATIO * V) + o_cv
+    x_v = conv_inputs(
+        p_x, p_history, p_weight, p_bias, o_t, o_x, o_cv, length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c,
+        stride_cs_w, W, L,
+    )  # fmt: skip
+    o_g = gl.arange(0, L * RATIO, layout=gl.SliceLayout(1, GATES))[:, None]
+    o_one = gl.arange(0, 1, layout=gl.SliceLayout(0, GATES))[None, :]
+    i_t = gl.minimum(o_g // RATIO, length - 1)
+    i_h = i_hk * RATIO + o_g % RATIO + o_one
+    a = gl.load(p_a + start * stride_a_t + i_hk * stride_a_k + i_t * stride_a_t + o_g % RATIO * stride_a_h + o_one)
+    b = gl.load(p_b + start * stride_b_t + i_hk * stride_b_k + i_t * stride_b_t + o_g % RATIO * stride_b_h + o_one)
+    A_log = gl.load(p_A_log + i_h)
+    dt_bias = gl.load(p_dt_bias + i_h)
+    o_l = gl.arange(0, L * RATIO, layout=gl.SliceLayout(1, ROWS))[:, None]
+    o_f = gl.arange(0, V, layout=gl.SliceLayout(0, ROWS))
+    wanted_rows = (o_l // RATIO < length) & (o_f >= 0)[None, :]
+    if NORM:
+        p_z += start * stride_z_t + i_hk * stride_z_k
+        p_z = p_z + o_l // RATIO * stride_z_t + o_l % RATIO * stride_z_h + o_f[None, :]
+        b_z = gl.load(p_z, mask=wanted_rows, other=0.0)
+        norm_weight = gl.load(p_norm_weight + o_f)
+    targets = ()
+    for t in gl.static_range(L):
+        if VERIFY and not REPLAY:
+            p_target = p_indices + i_b * stride_indices + gl.minimum(t, num_slots - 1)
+            targets = targets + (gl.load(p_target).to(gl.int64),)
+        else:
+            targets = targets + (row,)
+
+    # The states, tile by tile, on their way.
+    o_k = gl.arange(0, K, layout=BY_K)
+    s_state = gl.allocate_shared_memory(STATE, [NBUF, BV, K], SHARED)
+    p_state += i_hk * (RATIO * V * K)
+    p_tile = p_state + row * stride_state + gl.arange(0, BV, layout=BY_V)[:, None] * K + o_k[None, :]
+    for i in gl.static_range(NBUF):
+        copy_to_shared(s_state.index(i), p_tile + i * (BV * K))
+        async_copy.commit_group()
+
+    # Convolution, norms, gates: into shared memory, as everyone needs them.
+    b_qk = normalised(convolved(x_qk, p_conv_state, p_bias, o_t, o_c, length, stride_cs_c, stride_cs_w, W, IO), L, K)
+    s_tokens = gl.allocate_shared_memory(IO, [M, K], SHARED_IO)  # rows 2t: q, 2t+1: k, again and again
+    b_all = gl.reshape(b_qk, [1, 2 * L, K])
+    AGAIN: gl.constexpr = b_all.type.layout
+    b_all = b_all + gl.zeros([M // (2 * L), 1, 1], IO, AGAIN)
+    s_tokens.store(gl.reshape(b_all, [M, K]))
+    if not (REPLAY and MATRIX):
+        # In fp32 once more: what multiplies tiles is otherwise unpacked for each of them.
+        s_exact = gl.allocate_shared_memory(gl.float32, [2 * L, K], PLAIN)
+        s_exact.store(b_qk.to(gl.float32))
+    s_v = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
+    b_v = convolved(x_v, p_conv_state, p_bias, o_t, o_cv, length, stride_cs_c, stride_cs_w, W, IO)
+    s_v.reshape([L, RATIO * V]).store(b_v)
+    s_g = gl.allocate_shared_memory(gl.float32, [L * RATIO, 1], PLAIN)
+    s_beta = gl.allocate_shared_memory(gl.float32, [L * RATIO, 1], PLAIN)
+    g = log_decay(a.to(gl.float32), A_log.to(gl.float32), dt_bias.to(gl.float32))
+    s_g.store(g)
+    s_beta.store(sigmoid(b.to(gl.float32)))
+
+    if REPLAY:
         first = gl.where(fresh, 0, first)
         held = gl.where(fresh, 0, held)
         folds = fresh | (held + 2 * most > slots)
-        new_first = first
-        new_held = held
-        if folds:
-            new_first = first + held
-            new_first = gl.where(new_first >= slots, new_first - slots, new_first)
-            new_held = held * 0
+        next_slot = first + held
+        next_slot = gl.where(next_slot >= slots, next_slot - slots, next_slot)
         p_ring_k += row * stride_rk_n + i_hk * K
         p_ring_u += row * stride_ru_n + i_hk * (RATIO * V)
         p_ring_g += row * stride_rg_n + i_hk * RATIO
@@ -367,16 +404,14 @@ def staged_kernel(
         KEYS: gl.constexpr = gl.BlockedLayout([1, VEC_IO], [32 * VEC_IO // K, K // VEC_IO], [num_warps, 1], [1, 0])
         UPDATES: gl.constexpr = gl.BlockedLayout([1, 128 // UPDATE.primitive_bitwidth], [1, 32], [num_warps, 1], [1, 0])
         SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [RB, 32 // RB], [1, num_warps], [0, 1])
+        # The ring's updates, which are wanted behind the states. What a mask leaves out is zeros there.
         s_rk = gl.allocate_shared_memory(IO, [RB, K], SHARED_IO)
         s_ru = gl.allocate_shared_memory(UPDATE, [RB, RATIO * V], PLAIN)
         o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, KEYS))[:, None]
         o_n = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
         slot = first + o_j
         slot = gl.where(slot >= slots, slot - slots, slot)
-        # What a mask leaves out is zeros there.
-        copy_to_shared(
-            s_rk, p_ring_k + slot * (num_k_heads * K) + o_n, mask=(o_j < held) & (o_n >= 0)
-        )  # fmt: skip
+        copy_to_shared(s_rk, p_ring_k + slot * (num_k_heads * K) + o_n, mask=(o_j < held) & (o_n >= 0))
         o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, UPDATES))[:, None]
         o_n = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, UPDATES))[None, :]
         slot = first + o_j
@@ -390,65 +425,39 @@ def staged_kernel(
         slot = gl.where(slot >= slots, slot - slots, slot)
         x_rg = gl.load(p_ring_g + slot * num_v_heads + o_n, mask=(o_j + 1 < held) & (o_n >= 0), other=0.0)
         x_oldest = gl.load(p_ring_g + first * num_v_heads + o_n, mask=(held > 0) & (o_n >= 0), other=0.0)
-
-    # Convolution, norms, gates: into shared memory, as everyone needs them.
-    p_x += start * stride_x
-    p_conv_state += first_row * stride_cs_n
-    accepted = gl.where(fresh, 1, accepted)
-    p_history = p_conv_state + (accepted - 1) * stride_cs_w
-    b_qk, b_v = convolved_group(
-        p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
-        first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads, K, V, W, RATIO, L, TOKENS,
-    )  # fmt: skip
-    s_tokens = gl.allocate_shared_memory(IO, [max(16, 2 * L), K], PLAIN)  # rows 2t: q, 2t+1: k
-    b_qk = normalised(b_qk, L, K)
-    s_tokens.slice(0, 2 * L).store(b_qk)
-    s_exact = s_tokens
-    if not (REPLAY and MATRIX):
-        # In fp32 once more: what multiplies tiles is otherwise unpacked for each of them.
-        s_exact = gl.allocate_shared_memory(gl.float32, [2 * L, K], PLAIN)
-        s_exact.store(b_qk.to(gl.float32))
-    s_v = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
-    s_v.reshape([L, RATIO * V]).store(b_v)
-    s_g = gl.allocate_shared_memory(gl.float32, [L * RATIO, 1], PLAIN)
-    s_beta = gl.allocate_shared_memory(gl.float32, [L * RATIO, 1], PLAIN)
-    o_g = gl.arange(0, L * RATIO, layout=gl.SliceLayout(1, GATES))[:, None]
-    i_t = gl.minimum(o_g // RATIO, length - 1)
-    i_h = i_hk * RATIO + o_g % RATIO
-    o_one = gl.arange(0, 1, layout=gl.SliceLayout(0, GATES))[None, :]
-    a = gl.load(p_a + start * stride_a_t + i_hk * stride_a_k + i_t * stride_a_t + o_g % RATIO * stride_a_h + o_one)
-    b = gl.load(p_b + start * stride_b_t + i_hk * stride_b_k + i_t * stride_b_t + o_g % RATIO * stride_b_h + o_one)
-    A_log = gl.load(p_A_log + i_h + o_one).to(gl.float32)
-    g = log_decay(a.to(gl.float32), A_log, gl.load(p_dt_bias + i_h + o_one).to(gl.float32))
-    s_g.store(g)
-    if REPLAY:
-        slot = new_first + new_held + o_g // RATIO
+        # What the step's tokens leave there, u aside.
+        slot = next_slot + o_g // RATIO
         slot = gl.where(slot >= slots, slot - slots, slot)
         gl.store(p_ring_g + slot * num_v_heads + o_g % RATIO + o_one, g, mask=(o_g // RATIO < length) & (o_one >= 0))
-    s_beta.store(sigmoid(b.to(gl.float32)))
-    s_dots = gl.allocate_shared_memory(gl.float32, [max(16, 2 * L), N], PLAIN)  # of tokens with tokens
-    s_p = gl.allocate_shared_memory(gl.float32, [V, N], PLAIN)  # of a head's state with them
+        PAIRS: gl.constexpr = b_qk.type.layout
+        o_i = gl.arange(0, 2 * L, layout=gl.SliceLayout(1, PAIRS))[:, None]
+        o_n = gl.arange(0, K, layout=gl.SliceLayout(0, PAIRS))[None, :]
+        slot = next_slot + o_i // 2
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        wanted = (o_i % 2 == 1) & (o_i // 2 < length) & (o_n >= 0)
+        gl.store(p_ring_k + slot * (num_k_heads * K) + o_n, b_qk, mask=wanted)
+
+    s_dots = gl.allocate_shared_memory(gl.float32, [M, N], PLAIN)  # of tokens with tokens
+    s_p = gl.allocate_shared_memory(gl.float32, [V if MATRIX or not REPLAY else RATIO * V, N], PLAIN)  # of states
     if not REPLAY:
         s_u = gl.allocate_shared_memory(gl.float32, [L * RATIO, V], PLAIN)
     s_o = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
     barrier()
     if HALF_IO:
         b_tokens = s_tokens.slice(0, N).permute([1, 0]).load(RIGHT)
-        s_dots.store(mma_v2(s_tokens.load(LEFT), b_tokens, gl.zeros([max(16, 2 * L), N], gl.float32, MMA)))
+        s_dots.store(mma_v2(s_tokens.load(LEFT), b_tokens, gl.zeros([M, N], gl.float32, MMA)))
     else:
-        products(s_tokens.slice(0, 2 * L), s_tokens, s_dots.slice(0, 2 * L), 2 * L, N, num_warps)
+        products(s_exact, s_exact, s_dots.slice(0, 2 * L), 2 * L, N, num_warps)
 
+    o_sub = gl.arange(0, SUB, layout=BY_V)[:, None] * K + o_k[None, :]
     if REPLAY:
-        # every thread has read the span
-        gl.store(p_span, new_first)
-        gl.store(p_span + 1, new_held + 1)
-        # The weight of each update in S_n k and S_n q of each token: the updates of a ring that folds have none.
-        s_weights = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, RB], PLAIN)
-        s_rdots = gl.allocate_shared_memory(gl.float32, [RB, N], PLAIN)
-        s_left = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
+        # Every thread has read the span.
+        gl.store(p_span, gl.where(folds, next_slot, first))
+        gl.store(p_span + 1, gl.where(folds, 0, held) + 1)
         behind = gl.associative_scan(x_rg, 0, plus, reverse=True)
         left = gl.sum(x_rg, axis=0)[None, :] + gl.where(o_j == 0, x_oldest, 0.0)
         left = gl.sum(gl.where(o_j == 0, left, 0.0), axis=0)[None, :]
+        s_left = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
         if MATRIX:
             s_kept = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
             s_fold = gl.allocate_shared_memory(gl.float32, [RATIO, RB], PLAIN)
@@ -456,15 +465,64 @@ def staged_kernel(
             if MATRIX:
                 s_kept.permute([1, 0]).store(gl.exp(left))
                 s_fold.permute([1, 0]).store(gl.exp(behind))
+                async_copy.wait_group(0)
             behind = behind + float("-inf")
             left = gl.zeros_like(left)
         s_left.permute([1, 0]).store(left)
+        b_products = ()
+        for i in gl.static_range(STEPS):
+            # Committed behind this tile: the other first ones, the ring, and what was asked for since.
+            if i < NBUF:
+                async_copy.wait_group(NBUF - i + min(i, STEPS - NBUF))
+            else:
+                async_copy.wait_group(min(i, STEPS - NBUF) - (i - NBUF) - 1)
+            barrier()
+            s_tile = s_state.index(i % NBUF)
+            if folds:
+                p_new = p_state + row * stride_state + i * (BV * K)
+                if MATRIX:
+                    # The products are of what is stored then: rounded to the io dtype, as outputs are.
+                    s_update = s_ru.slice(i * BV, BV, dim=1)
+                    weights = s_fold.slice(i // BY_HEAD, 1).load(LEFT)
+                    kept = s_kept.slice(i // BY_HEAD, 1).load(MMA)
+                    folded(s_tile, s_rk, s_update, kept, weights, fresh, BV, K, num_warps)
+                    barrier()
+                    for h in gl.static_range(BV // SUB):
+                        gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
+                else:
+                    for h in gl.static_range(BV // SUB):
+                        b_s = s_tile.slice(h * SUB, SUB).load(TILE).to(gl.float32)
+                        b_s = gl.where(fresh, 0.0, b_s)
+                        o_row = gl.arange(0, SUB, layout=BY_V) + (i * BV + h * SUB)
+                        for j in range(held):
+                            slot_j = first + j
+                            slot_j = gl.where(slot_j >= slots, slot_j - slots, slot_j)
+                            k_j = gl.load(p_ring_k + slot_j * (num_k_heads * K) + o_k).to(gl.float32)
+                            u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + o_row).to(gl.float32)
+                            d_j = gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + i // BY_HEAD))
+                            b_s = d_j * b_s + u_j[:, None] * k_j[None, :]
+                        for n in gl.static_range(2 * L):
+                            s_new = s_p.slice(i * BV + h * SUB, SUB).slice(n, 1, dim=1)
+                            s_new.store(gl.sum(b_s * s_exact.slice(n, 1).load(TILE), axis=1)[:, None])
+                        gl.store(p_new + h * SUB * K + o_sub, b_s.to(STATE))
+            elif not MATRIX:
+                products(s_tile, s_exact, s_p.slice(i * BV, BV), BV, 2 * L, num_warps)
+            if MATRIX:
+                b_products = b_products + (mma_v2(s_tile.load(LEFT), b_tokens, gl.zeros([BV, N], gl.float32, MMA)),)
+            if i + NBUF < STEPS:
+                barrier()
+                copy_to_shared(s_tile, p_tile + (i + NBUF) * (BV * K))
+                async_copy.commit_group()
+
+        # The weight of each update in S_n k and S_n q of each token: the updates of a ring that folds have none.
+        s_weights = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, RB], PLAIN)
+        s_rdots = gl.allocate_shared_memory(gl.float32, [RB, N], PLAIN)
         async_copy.wait_group(0)
         barrier()
         if HALF_IO:
             s_rdots.store(mma_v2(s_rk.load(LEFT), b_tokens, gl.zeros([RB, N], gl.float32, MMA)))
         else:
-            products(s_rk, s_tokens, s_rdots, RB, N, num_warps)
+            products(s_rk, s_exact, s_rdots, RB, N, num_warps)
         barrier()
         for t in gl.static_range(L):
             behind += s_g.slice(t * RATIO, RATIO).permute([1, 0]).load(SCAN)
@@ -472,73 +530,30 @@ def staged_kernel(
                 dots = s_rdots.slice(2 * t + n, 1, dim=1).load(SCAN)
                 s_weights.slice((2 * t + n) * RATIO, RATIO).permute([1, 0]).store(gl.exp(behind) * dots)
 
-    targets = ()
-    for t in gl.static_range(L):
-        if VERIFY and not REPLAY:
-            p_target = p_indices + i_b * stride_indices + gl.minimum(t, num_slots - 1)
-            targets = targets + (gl.load(p_target).to(gl.int64),)
-        else:
-            targets = targets + (row,)
-    o_sub = gl.arange(0, SUB, layout=BY_V)[:, None] * K + o_k[None, :]
-    o_u = gl.arange(0, V, layout=gl.SliceLayout(0, VECTORS))[None, :]
-    o_uk = gl.arange(0, K, layout=gl.SliceLayout(0, VECTORS))[None, :]
+    o_u = gl.arange(0, V, layout=OF_V)[None, :]
     o_0 = gl.arange(0, 1, layout=gl.SliceLayout(1, VECTORS))[:, None]
     for r in gl.static_range(RATIO):
-        for c in gl.static_range(BY_HEAD):
-            # Committed behind this tile: the other first ones, the ring, and what was asked for since.
-            if REPLAY:
-                if r * BY_HEAD + c < NBUF:
-                    async_copy.wait_group(0)
-                else:
-                    async_copy.wait_group(
-                        min(r * BY_HEAD + c, STEPS - NBUF) - (r * BY_HEAD + c - NBUF) - 1
-                    )  # fmt: skip
+        s_head = s_p
+        if REPLAY:
+            if MATRIX:
+                for c in gl.static_range(BY_HEAD):
+                    s_p.slice(c * BV, BV).store(b_products[r * BY_HEAD + c])
             else:
+                s_head = s_p.slice(r * V, V)
+        else:
+            for c in gl.static_range(BY_HEAD):
+                # Committed behind this tile: the other first ones, and what was asked for since.
                 if r * BY_HEAD + c < NBUF:
                     async_copy.wait_group(NBUF - 1 - (r * BY_HEAD + c) + min(r * BY_HEAD, STEPS - NBUF))
                 else:
                     async_copy.wait_group(min(r * BY_HEAD, STEPS - NBUF) - (r * BY_HEAD + c - NBUF) - 1)
-            barrier()
-            s_tile = s_state.index((r * BY_HEAD + c) % NBUF)
-            if REPLAY:  # noqa: SIM102 - known when this is compiled
-                if folds:
-                    p_new = p_state + row * stride_state + (r * V + c * BV) * K
-                    if MATRIX:
-                        # The products are of what is stored then: rounded to the io dtype, as outputs are.
-                        s_update = s_ru.slice(r * V + c * BV, BV, dim=1)
-                        weights = s_fold.slice(r, 1).load(LEFT)
-                        folded(s_tile, s_rk, s_update, s_kept.slice(r, 1).load(MMA), weights, fresh, BV, K, num_warps)
-                        barrier()
-                        for h in gl.static_range(BV // SUB):
-                            gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
-                    else:
-                        for h in gl.static_range(BV // SUB):
-                            b_s = s_tile.slice(h * SUB, SUB).load(TILE).to(gl.float32)
-                            b_s = gl.where(fresh, 0.0, b_s)
-                            o_row = gl.arange(0, SUB, layout=BY_V) + (r * V + c * BV + h * SUB)
-                            for j in range(held):
-                                slot_j = first + j
-                                slot_j = gl.where(slot_j >= slots, slot_j - slots, slot_j)
-                                k_j = gl.load(p_ring_k + slot_j * (num_k_heads * K) + o_k).to(gl.float32)
-                                u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + o_row).to(gl.float32)
-                                d_j = gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + r))
-                                b_s = d_j * b_s + u_j[:, None] * k_j[None, :]
-                            for n in gl.static_range(2 * L):
-                                s_new = s_p.slice(c * BV + h * SUB, SUB).slice(n, 1, dim=1)
-                                s_new.store(gl.sum(b_s * s_exact.slice(n, 1).load(TILE), axis=1)[:, None])
-                            gl.store(p_new + h * SUB * K + o_sub, b_s.to(STATE))
-            if MATRIX:
-                b_p = mma_v2(s_tile.load(LEFT), b_tokens, gl.zeros([BV, N], gl.float32, MMA))
-                s_p.slice(c * BV, BV).store(b_p)
-            elif REPLAY:
-                if not folds:
-                    products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, num_warps)
-            else:
-                products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, num_warps)
-            if REPLAY and r * BY_HEAD + c + NBUF < STEPS:
                 barrier()
-                copy_to_shared(s_tile, p_tile + (r * BY_HEAD + c + NBUF) * (BV * K))
-                async_copy.commit_group()
+                s_tile = s_state.index((r * BY_HEAD + c) % NBUF)
+                if MATRIX:
+                    b_p = mma_v2(s_tile.load(LEFT), b_tokens, gl.zeros([BV, N], gl.float32, MMA))
+                    s_p.slice(c * BV, BV).store(b_p)
+                else:
+                    products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, num_warps)
         barrier()
 
         # One token after the other, on vectors alone: S_t k = exp(l) S_0 k + the sum of exp(l_s) (k_s . k) u_s
@@ -548,7 +563,7 @@ def staged_kernel(
             b_ru += b_ru * 0.0  # an infinite update makes products of S_n NaN: its k has both signs
             left = s_left.slice(r, 1).load(VECTORS)
         # A thread's rows of the products with the state: q's and k's of each token.
-        b_p = columns(s_p.load(BY_ROW), V, N, LEVELS)
+        b_p = columns(s_head.load(BY_ROW), V, N, LEVELS)
         gs = ()
         updates = ()
         for t in gl.static_range(L):
@@ -575,14 +590,10 @@ def staged_kernel(
             o = scale * (S_q + s_dots.slice(2 * t + 1, 1).slice(2 * t, 1, dim=1).load(VECTORS) * u)
             s_o.slice(t * RATIO + r, 1).store(o.to(IO))
             if REPLAY:
-                slot_t = new_first + new_held + t
+                slot_t = next_slot + t
                 slot_t = gl.where(slot_t >= slots, slot_t - slots, slot_t)
                 wanted = (o_0 + t < length) & (o_u >= 0)
                 gl.store(p_ring_u + slot_t * (num_v_heads * V) + r * V + o_u + o_0, u.to(UPDATE), mask=wanted)
-                if r == 0:
-                    k_t = s_tokens.slice(2 * t + 1, 1).load(VECTORS)
-                    wanted = (o_0 + t < length) & (o_uk >= 0)
-                    gl.store(p_ring_k + slot_t * (num_k_heads * K) + o_uk + o_0, k_t, mask=wanted)
             else:
                 s_u.slice(t * RATIO + r, 1).store(u)
             gs = gs + (g_t,)
@@ -610,19 +621,12 @@ def staged_kernel(
                     async_copy.commit_group()
         barrier()
 
-    o_l = gl.arange(0, L * RATIO, layout=gl.SliceLayout(1, ROWS))[:, None]
-    o_n = gl.arange(0, V, layout=gl.SliceLayout(0, ROWS))
-    o_f = o_n[None, :]
     b_o = s_o.load(ROWS)
-    wanted = (o_l // RATIO < length) & (o_f >= 0)
     if NORM:
-        b_o = b_o.to(gl.float32)
-        p_z += start * stride_z_t + i_hk * stride_z_k
-        b_z = gl.load(p_z + o_l // RATIO * stride_z_t + o_l % RATIO * stride_z_h + o_f, mask=wanted, other=0.0)
-        weight = gl.load(p_norm_weight + o_n).to(gl.float32)
-        b_o = rms_norm_gated(b_o, b_z.to(gl.float32), weight, V, eps, is_sigmoid)
-    p_line = p_out + o_l // RATIO * stride_out_t + o_l % RATIO * stride_out_h + o_f
-    gl.store(p_line, b_o.to(p_out.dtype.element_ty), mask=wanted)
+        weight = norm_weight.to(gl.float32)
+        b_o = rms_norm_gated(b_o.to(gl.float32), b_z.to(gl.float32), weight, V, eps, is_sigmoid)
+    p_line = p_out + o_l // RATIO * stride_out_t + o_l % RATIO * stride_out_h + o_f[None, :]
+    gl.store(p_line, b_o.to(p_out.dtype.element_ty), mask=wanted_rows)
 
 
 # What a launch for an op without a ring passes in the ring's place.
