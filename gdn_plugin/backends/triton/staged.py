@@ -185,6 +185,14 @@ def columns(x, M: gl.constexpr, N: gl.constexpr, LEVELS: gl.constexpr):
 
 
 @gluon.jit
+def ring_decays(x_rg, x_oldest, o_j):
+    """(sums of g behind each update [RB, RATIO], those of the whole ring [1, RATIO]); x_rg: g of the update behind."""
+    behind = gl.associative_scan(x_rg, 0, plus, reverse=True)
+    total = gl.sum(x_rg, axis=0)[None, :] + gl.where(o_j == 0, x_oldest, 0.0)
+    return behind, gl.sum(gl.where(o_j == 0, total, 0.0), axis=0)[None, :]
+
+
+@gluon.jit
 def folded(s_tile, s_rk, s_ru, kept, weights, fresh, BV: gl.constexpr, K: gl.constexpr, num_warps: gl.constexpr):
     """s_tile = kept times itself plus the updates [RB, BV], weighted, times their k; a thread writes what it has read.
 
@@ -454,21 +462,14 @@ def staged_kernel(
         # Every thread has read the span.
         gl.store(p_span, gl.where(folds, next_slot, first))
         gl.store(p_span + 1, gl.where(folds, 0, held) + 1)
-        behind = gl.associative_scan(x_rg, 0, plus, reverse=True)
-        left = gl.sum(x_rg, axis=0)[None, :] + gl.where(o_j == 0, x_oldest, 0.0)
-        left = gl.sum(gl.where(o_j == 0, left, 0.0), axis=0)[None, :]
-        s_left = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
         if MATRIX:
             s_kept = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
             s_fold = gl.allocate_shared_memory(gl.float32, [RATIO, RB], PLAIN)
-        if folds:
-            if MATRIX:
+            if folds:
+                behind, left = ring_decays(x_rg, x_oldest, o_j)
                 s_kept.permute([1, 0]).store(gl.exp(left))
                 s_fold.permute([1, 0]).store(gl.exp(behind))
                 async_copy.wait_group(0)
-            behind = behind + float("-inf")
-            left = gl.zeros_like(left)
-        s_left.permute([1, 0]).store(left)
         b_products = ()
         for i in gl.static_range(STEPS):
             # Committed behind this tile: the other first ones, the ring, and what was asked for since.
@@ -517,6 +518,12 @@ def staged_kernel(
         # The weight of each update in S_n k and S_n q of each token: the updates of a ring that folds have none.
         s_weights = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, RB], PLAIN)
         s_rdots = gl.allocate_shared_memory(gl.float32, [RB, N], PLAIN)
+        s_left = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
+        behind, left = ring_decays(x_rg, x_oldest, o_j)
+        if folds:
+            behind = behind + float("-inf")
+            left = gl.zeros_like(left)
+        s_left.permute([1, 0]).store(left)
         async_copy.wait_group(0)
         barrier()
         if HALF_IO:
