@@ -193,26 +193,72 @@ def ring_decays(x_rg, x_oldest, o_j):
 
 
 @gluon.jit
-def folded(s_tile, s_rk, s_ru, kept, weights, fresh, BV: gl.constexpr, K: gl.constexpr, num_warps: gl.constexpr):
+def part_of(x, dtype: gl.constexpr):
+    """(x rounded to `dtype`, what that leaves of it); nothing of an infinite x."""
+    part = x.to(dtype)
+    rest = x - part.to(gl.float32)
+    return part, gl.where(rest == rest, rest, 0.0)
+
+
+@gluon.jit
+def matrix_products(s_tile, s_tokens, BV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, num_warps: gl.constexpr):
+    """[BV, N] = tile [BV, K] times tokens [N, K] transposed on tensor cores, a tile in fp32 as PARTS of the io dtype."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+    WIDTH: gl.constexpr = K // 2  # of registers
+    acc = gl.zeros([BV, N], gl.float32, MMA)
+    for h in gl.static_range(2):
+        b_tokens = s_tokens.slice(0, N).slice(h * WIDTH, WIDTH, dim=1).permute([1, 0])
+        b_tokens = b_tokens.load(gl.DotOperandLayout(1, MMA, 2))
+        rest = s_tile.slice(h * WIDTH, WIDTH, dim=1).load(gl.DotOperandLayout(0, MMA, 2))
+        if PARTS == 1:
+            acc = mma_v2(rest, b_tokens, acc)
+        else:
+            for i in gl.static_range(PARTS):
+                part, rest = part_of(rest, b_tokens.dtype)
+                acc = mma_v2(part, b_tokens, acc)
+    return acc
+
+
+@gluon.jit
+def fold_by_matrix(
+    s_tile, s_rk, s_ru, kept, weights, fresh, BV: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr,
+    num_warps: gl.constexpr,
+):  # fmt: skip
     """s_tile = kept times itself plus the updates [RB, BV], weighted, times their k; a thread writes what it has read.
 
-    A weighted update goes into the product in two halves that have its bits together.
+    A weighted update goes into the product in PARTS of the io dtype that have its bits together.
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     ROWS: gl.constexpr = min(16 * num_warps, BV)
     WIDTH: gl.constexpr = K // 2  # of registers
     for m in gl.static_range(BV // ROWS):
-        b_u = s_ru.slice(m * ROWS, ROWS, dim=1).permute([1, 0]).load(LEFT)
-        high = weights * b_u.to(gl.float32)
-        low = high - high.to(b_u.dtype).to(gl.float32)
-        low = gl.where(low == low, low, 0.0).to(b_u.dtype)
-        high = high.to(b_u.dtype)
+        b_u = s_ru.slice(m * ROWS, ROWS, dim=1).permute([1, 0]).load(gl.DotOperandLayout(0, MMA, 2))
+        b_u = weights * b_u.to(gl.float32)
         for h in gl.static_range(2):
             s_part = s_tile.slice(m * ROWS, ROWS).slice(h * WIDTH, WIDTH, dim=1)
             b_k = s_rk.slice(h * WIDTH, WIDTH, dim=1).load(gl.DotOperandLayout(1, MMA, 2))
-            b_s = mma_v2(low, b_k, kept * gl.where(fresh, 0.0, s_part.load(MMA).to(gl.float32)))
-            s_part.store(mma_v2(high, b_k, b_s).to(s_part.dtype))
+            b_s = kept * gl.where(fresh, 0.0, s_part.load(MMA).to(gl.float32))
+            rest = b_u
+            for i in gl.static_range(PARTS):
+                part, rest = part_of(rest, b_k.dtype)
+                b_s = mma_v2(part, b_k, b_s)
+            s_part.store(b_s.to(s_part.dtype))
+
+
+@gluon.jit
+def fold(
+    s_tile, s_rk, s_ru, s_kept, s_weights, fresh, BV: gl.constexpr, K: gl.constexpr, RB: gl.constexpr,
+    TILE: gl.constexpr, SUB: gl.constexpr,
+):  # fmt: skip
+    """The same by sums."""
+    for h in gl.static_range(BV // SUB):
+        s_part = s_tile.slice(h * SUB, SUB)
+        b_s = s_kept.load(TILE) * gl.where(fresh, 0.0, s_part.load(TILE).to(gl.float32))
+        for j in gl.static_range(RB):
+            u_j = s_ru.slice(j, 1).slice(h * SUB, SUB, dim=1).permute([1, 0]).load(TILE).to(gl.float32)
+            u_j *= s_weights.slice(j, 1, dim=1).load(TILE)
+            b_s += u_j * s_rk.slice(j, 1).load(TILE).to(gl.float32)
+        s_part.store(b_s.to(s_part.dtype))
 
 
 @gluon.jit
@@ -256,7 +302,11 @@ def staged_kernel(
     IO: gl.constexpr = p_x.dtype.element_ty
     STATE: gl.constexpr = p_state.dtype.element_ty
     HALF_IO: gl.constexpr = IO.primitive_bitwidth == 16
-    MATRIX: gl.constexpr = HALF_IO and STATE == IO  # products of the state are exact on tensor cores then
+    # Products with a state are exact on tensor cores where it is of the io dtype, or parts of that hold its bits; which
+    # is more work than sums are for one token.
+    PARTS: gl.constexpr = 1 if STATE == IO else 3
+    SPLITS: gl.constexpr = HALF_IO and (STATE == IO or IO == gl.bfloat16)
+    MATRIX: gl.constexpr = SPLITS and (PARTS == 1 or L > 1)
     VEC: gl.constexpr = 128 // STATE.primitive_bitwidth
     VEC_IO: gl.constexpr = 128 // IO.primitive_bitwidth
     BY_HEAD: gl.constexpr = V // BV
@@ -413,7 +463,7 @@ def staged_kernel(
         UPDATES: gl.constexpr = gl.BlockedLayout([1, 128 // UPDATE.primitive_bitwidth], [1, 32], [num_warps, 1], [1, 0])
         SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [RB, 32 // RB], [1, num_warps], [0, 1])
         # The ring's updates, which are wanted behind the states. What a mask leaves out is zeros there.
-        s_rk = gl.allocate_shared_memory(IO, [RB, K], SHARED_IO)
+        s_rk = gl.allocate_shared_memory(IO, [RB, K], SHARED_IO if SPLITS else PLAIN)
         s_ru = gl.allocate_shared_memory(UPDATE, [RB, RATIO * V], PLAIN)
         o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, KEYS))[:, None]
         o_n = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
@@ -462,14 +512,13 @@ def staged_kernel(
         # Every thread has read the span.
         gl.store(p_span, gl.where(folds, next_slot, first))
         gl.store(p_span + 1, gl.where(folds, 0, held) + 1)
-        if MATRIX:
-            s_kept = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
-            s_fold = gl.allocate_shared_memory(gl.float32, [RATIO, RB], PLAIN)
-            if folds:
-                behind, left = ring_decays(x_rg, x_oldest, o_j)
-                s_kept.permute([1, 0]).store(gl.exp(left))
-                s_fold.permute([1, 0]).store(gl.exp(behind))
-                async_copy.wait_group(0)
+        s_kept = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
+        s_fold = gl.allocate_shared_memory(gl.float32, [RATIO, RB], PLAIN)
+        if folds:
+            behind, left = ring_decays(x_rg, x_oldest, o_j)
+            s_kept.permute([1, 0]).store(gl.exp(left))
+            s_fold.permute([1, 0]).store(gl.exp(behind))
+            async_copy.wait_group(0)
         b_products = ()
         for i in gl.static_range(STEPS):
             # Committed behind this tile: the other first ones, the ring, and what was asked for since.
@@ -480,36 +529,25 @@ def staged_kernel(
             barrier()
             s_tile = s_state.index(i % NBUF)
             if folds:
-                p_new = p_state + row * stride_state + i * (BV * K)
-                if MATRIX:
-                    # The products are of what is stored then: rounded to the io dtype, as outputs are.
-                    s_update = s_ru.slice(i * BV, BV, dim=1)
-                    weights = s_fold.slice(i // BY_HEAD, 1).load(LEFT)
-                    kept = s_kept.slice(i // BY_HEAD, 1).load(MMA)
-                    folded(s_tile, s_rk, s_update, kept, weights, fresh, BV, K, num_warps)
-                    barrier()
-                    for h in gl.static_range(BV // SUB):
-                        gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
+                # Products are of what is stored then: rounded to the state's dtype.
+                s_update = s_ru.slice(i * BV, BV, dim=1)
+                s_kept_r = s_kept.slice(i // BY_HEAD, 1)
+                s_fold_r = s_fold.slice(i // BY_HEAD, 1)
+                if SPLITS:
+                    fold_by_matrix(
+                        s_tile, s_rk, s_update, s_kept_r.load(MMA), s_fold_r.load(LEFT), fresh, BV, K,
+                        2 if PARTS == 1 else PARTS, num_warps,
+                    )  # fmt: skip
                 else:
-                    for h in gl.static_range(BV // SUB):
-                        b_s = s_tile.slice(h * SUB, SUB).load(TILE).to(gl.float32)
-                        b_s = gl.where(fresh, 0.0, b_s)
-                        o_row = gl.arange(0, SUB, layout=BY_V) + (i * BV + h * SUB)
-                        for j in range(held):
-                            slot_j = first + j
-                            slot_j = gl.where(slot_j >= slots, slot_j - slots, slot_j)
-                            k_j = gl.load(p_ring_k + slot_j * (num_k_heads * K) + o_k).to(gl.float32)
-                            u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + o_row).to(gl.float32)
-                            d_j = gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + i // BY_HEAD))
-                            b_s = d_j * b_s + u_j[:, None] * k_j[None, :]
-                        for n in gl.static_range(2 * L):
-                            s_new = s_p.slice(i * BV + h * SUB, SUB).slice(n, 1, dim=1)
-                            s_new.store(gl.sum(b_s * s_exact.slice(n, 1).load(TILE), axis=1)[:, None])
-                        gl.store(p_new + h * SUB * K + o_sub, b_s.to(STATE))
-            elif not MATRIX:
-                products(s_tile, s_exact, s_p.slice(i * BV, BV), BV, 2 * L, num_warps)
+                    fold(s_tile, s_rk, s_update, s_kept_r, s_fold_r, fresh, BV, K, RB, TILE, SUB)
+                barrier()
+                p_new = p_state + row * stride_state + i * (BV * K)
+                for h in gl.static_range(BV // SUB):
+                    gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
             if MATRIX:
-                b_products = b_products + (mma_v2(s_tile.load(LEFT), b_tokens, gl.zeros([BV, N], gl.float32, MMA)),)
+                b_products = b_products + (matrix_products(s_tile, s_tokens, BV, K, N, PARTS, num_warps),)
+            else:
+                products(s_tile, s_exact, s_p.slice(i * BV, BV), BV, 2 * L, num_warps)
             if i + NBUF < STEPS:
                 barrier()
                 copy_to_shared(s_tile, p_tile + (i + NBUF) * (BV * K))
@@ -557,8 +595,7 @@ def staged_kernel(
                 barrier()
                 s_tile = s_state.index((r * BY_HEAD + c) % NBUF)
                 if MATRIX:
-                    b_p = mma_v2(s_tile.load(LEFT), b_tokens, gl.zeros([BV, N], gl.float32, MMA))
-                    s_p.slice(c * BV, BV).store(b_p)
+                    s_p.slice(c * BV, BV).store(matrix_products(s_tile, s_tokens, BV, K, N, PARTS, num_warps))
                 else:
                     products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, num_warps)
         barrier()
