@@ -98,11 +98,13 @@ def test_fused_verify_from_start_rows_and_past_null_slots():
     check(staged("fused_verify"), case("fused_verify", (4, 4), accepted=(1, 2), null_slots=((0, 2), (1, 3))))
 
 
+@pytest.mark.parametrize("io,state", [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, FP32)], ids=str)
 @pytest.mark.parametrize("ring", [6, 8, 32])
-def test_every_fill_of_a_ring(ring):
-    check(staged("replay_decode"), case("replay_decode", (1,) * ring, ring=ring, held=range(ring)))
+def test_every_fill_of_a_ring(ring, io, state):
+    given = {"ring": ring, "io": io, "state": state}
+    check(staged("replay_decode"), case("replay_decode", (1,) * ring, held=range(ring), **given))
     fills = range(1, ring - 2)
-    given = {"ring": ring, "slots": 3, "held": fills, "accepted": [2] * len(fills)}
+    given |= {"slots": 3, "held": fills, "accepted": [2] * len(fills)}
     check(staged("replay_verify"), case("replay_verify", [1 + i % 3 for i in fills], **given))
 
 

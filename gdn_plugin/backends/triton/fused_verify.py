@@ -298,13 +298,13 @@ TILES = Tiles(
 
 # The same, staged, rows/buffers/warps, sequences x tokens: bf16 state 32/8/8 at 8x4, 64x2, 64x4: 20, 87, 139; 32/4/8
 # 20, 87, 147; four warps 57, 100, 245. fp32: 32/8/8 35 at 8x4, 32/4/8 266 at 64x4.
-_HALF = (Staging(64, 2, 4), Staging(64, 2, 4))
+_HALF = (None, Staging(64, 4, 4), Staging(64, 4, 4))
 STAGINGS = Stagings(
     {
-        (0, 0, 0, ""): (None, None),
+        (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (Staging(32, 4, 4), None),
+        (90, 128, 128, "float32"): (None, Staging(32, 8, 8), Staging(32, 8, 8)),
     }
 )
 

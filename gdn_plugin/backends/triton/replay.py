@@ -358,20 +358,21 @@ TILES = Tiles(
 # 144; 32/4/4 11, 46, 153; 32/8/8 11, -, 200; fp32 32/2/4/80 -, -, 249; 32/2/4 -, 73, 255; 32/4/4 13, -, 276.
 # replay_verify 64x4, one token accepted: bf16 32/2/4/128 144, 32/4/4 157, 32/4/8/128 153; fp32 32/3/8/128 168,
 # 32/2/4/128 232; 38 and more at 8x4.
+_HALF = (Staging(64, 2, 4), Staging(64, 2, 4), Staging(64, 2, 4))
 STAGINGS_DECODE = Stagings(
     {
-        (0, 0, 0, ""): (None, None),
-        (90, 128, 128, "bfloat16"): (None, Staging(64, 2, 4)),
-        (90, 128, 128, "float16"): (None, Staging(64, 2, 4)),
-        (90, 128, 128, "float32"): (None, Staging(32, 2, 4)),
+        (0, 0, 0, ""): (None, None, None),
+        (90, 128, 128, "bfloat16"): _HALF,
+        (90, 128, 128, "float16"): _HALF,
+        (90, 128, 128, "float32"): (None, None, Staging(32, 2, 4)),
     }
 )
 STAGINGS_VERIFY = Stagings(
     {
-        (0, 0, 0, ""): (None, None),
-        (90, 128, 128, "bfloat16"): (None, Staging(64, 2, 4)),
-        (90, 128, 128, "float16"): (None, Staging(64, 2, 4)),
-        (90, 128, 128, "float32"): (None, Staging(32, 2, 4)),
+        (0, 0, 0, ""): (None, None, None),
+        (90, 128, 128, "bfloat16"): _HALF,
+        (90, 128, 128, "float16"): _HALF,
+        (90, 128, 128, "float32"): (None, None, Staging(64, 2, 8)),
     }
 )
 

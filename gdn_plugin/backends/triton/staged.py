@@ -75,8 +75,8 @@ class Staging:
     registers: int | None = None
 
 
-class Stagings(Table[tuple[Staging | None, Staging | None]]):
-    """(for some heads, for many), by the state's dtype; None where the other kernel is no slower."""
+class Stagings(Table[tuple[Staging | None, Staging | None, Staging | None]]):
+    """(for few heads, for some, for many), by the state's dtype; None where the other kernel is no slower."""
 
     def staging(
         self, state: Tensor, num_sequences: int, num_k_heads: int, others: tuple[Tensor, ...] = ()
@@ -88,11 +88,11 @@ class Stagings(Table[tuple[Staging | None, Staging | None]]):
         num_v_heads, V, K = state.shape[1:]
         ratio = num_v_heads // num_k_heads
         heads = num_sequences * num_v_heads
-        if not KNOWN or heads < FEW_HEADS or ratio not in (1, 2, 4):
+        if not KNOWN or ratio not in (1, 2, 4):
             return None
         if any(x.data_ptr() % 16 or x.stride(0) % 16 for x in (state, *others)):
             return None  # a copy is of 16 bytes; Triton tells alignment by 16 elements
-        return self.lookup(device_sm(state.device), K, V, state.dtype)[heads >= MANY_HEADS]
+        return self.lookup(device_sm(state.device), K, V, state.dtype)[(heads >= FEW_HEADS) + (heads >= MANY_HEADS)]
 
 
 @gluon.jit
@@ -201,7 +201,9 @@ def part_of(x, dtype: gl.constexpr):
 
 
 @gluon.jit
-def matrix_products(s_tile, s_tokens, BV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, num_warps: gl.constexpr):
+def matrix_products(
+    s_tile, s_tokens, BV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, num_warps: gl.constexpr
+):
     """[BV, N] = tile [BV, K] times tokens [N, K] transposed on tensor cores, a tile in fp32 as PARTS of the io dtype."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
     WIDTH: gl.constexpr = K // 2  # of registers
@@ -686,8 +688,9 @@ def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool =
     # A state that is written is gone through twice, so all of a head's has to be there.
     buffers = staging.buffers if ring else max(staging.buffers, V // staging.rows)
     options: dict[str, Any] = {"maxnreg": staging.registers} if staging.registers else {}
+    warps = staging.num_warps if tokens <= 4 else max(staging.num_warps, 8)  # a thread has all tokens of its channels
     return options | {
         "BV": staging.rows, "NBUF": min(buffers, steps), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
-        "num_warps": min(staging.num_warps, ratio * V // 32),
+        "num_warps": min(warps, ratio * V // 32),
     }  # fmt: skip
