@@ -304,7 +304,7 @@ STAGINGS = Stagings(
         (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (None, Staging(32, 8, 8), Staging(32, 8, 8)),
+        (90, 128, 128, "float32"): (None, Staging(128, 1, 8), Staging(128, 1, 8)),
     }
 )
 

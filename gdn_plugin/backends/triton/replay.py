@@ -364,7 +364,7 @@ STAGINGS_DECODE = Stagings(
         (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (None, None, Staging(32, 2, 4)),
+        (90, 128, 128, "float32"): (None, Staging(64, 2, 4), Staging(64, 2, 4)),
     }
 )
 STAGINGS_VERIFY = Stagings(
@@ -372,7 +372,7 @@ STAGINGS_VERIFY = Stagings(
         (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (None, None, Staging(64, 2, 8)),
+        (90, 128, 128, "float32"): (None, Staging(64, 2, 4), Staging(64, 2, 4)),
     }
 )
 

@@ -204,7 +204,7 @@ def part_of(x, dtype: gl.constexpr):
 def matrix_products(
     s_tile, s_tokens, BV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, num_warps: gl.constexpr
 ):
-    """[BV, N] = tile [BV, K] times tokens [N, K] transposed on tensor cores, a tile in fp32 as PARTS of the io dtype."""
+    """[BV, N] = tile [BV, K] times tokens [N, K] transposed on tensor cores, the tile as PARTS of the io dtype."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
     WIDTH: gl.constexpr = K // 2  # of registers
     acc = gl.zeros([BV, N], gl.float32, MMA)
@@ -215,7 +215,7 @@ def matrix_products(
         if PARTS == 1:
             acc = mma_v2(rest, b_tokens, acc)
         else:
-            for i in gl.static_range(PARTS):
+            for _ in gl.static_range(PARTS):
                 part, rest = part_of(rest, b_tokens.dtype)
                 acc = mma_v2(part, b_tokens, acc)
     return acc
@@ -241,7 +241,7 @@ def fold_by_matrix(
             b_k = s_rk.slice(h * WIDTH, WIDTH, dim=1).load(gl.DotOperandLayout(1, MMA, 2))
             b_s = kept * gl.where(fresh, 0.0, s_part.load(MMA).to(gl.float32))
             rest = b_u
-            for i in gl.static_range(PARTS):
+            for _ in gl.static_range(PARTS):
                 part, rest = part_of(rest, b_k.dtype)
                 b_s = mma_v2(part, b_k, b_s)
             s_part.store(b_s.to(s_part.dtype))
@@ -307,7 +307,7 @@ def staged_kernel(
     # Products with a state are exact on tensor cores where it is of the io dtype, or parts of that hold its bits; which
     # is more work than sums are for one token.
     PARTS: gl.constexpr = 1 if STATE == IO else 3
-    SPLITS: gl.constexpr = HALF_IO and (STATE == IO or IO == gl.bfloat16)
+    SPLITS: gl.constexpr = HALF_IO and (STATE == IO or gl.bfloat16 == IO)
     MATRIX: gl.constexpr = SPLITS and (PARTS == 1 or L > 1)
     VEC: gl.constexpr = 128 // STATE.primitive_bitwidth
     VEC_IO: gl.constexpr = 128 // IO.primitive_bitwidth
@@ -684,13 +684,14 @@ NO_RING = {
 
 def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool = False) -> dict[str, Any]:
     """What a launch adds: tiles, for sequences of at most `tokens` tokens, and Triton's options."""
-    steps = ratio * V // staging.rows
-    # A state that is written is gone through twice, so all of a head's has to be there.
-    buffers = staging.buffers if ring else max(staging.buffers, V // staging.rows)
+    rows, buffers, warps = staging.rows, staging.buffers, staging.num_warps
+    if tokens > 4:  # a thread has all tokens of its channels, so there have to be more threads
+        rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
+    if not ring:  # a state that is written is gone through twice, so all of a head's has to be there
+        buffers = max(buffers, V // rows)
     options: dict[str, Any] = {"maxnreg": staging.registers} if staging.registers else {}
-    warps = staging.num_warps if tokens <= 4 else max(staging.num_warps, 8)  # a thread has all tokens of its channels
     return options | {
-        "BV": staging.rows, "NBUF": min(buffers, steps), "L": triton.next_power_of_2(tokens),
+        "BV": rows, "NBUF": min(buffers, ratio * V // rows), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
         "num_warps": min(warps, ratio * V // 32),
     }  # fmt: skip
