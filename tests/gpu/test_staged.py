@@ -8,10 +8,9 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from gdn_plugin.ops import cases
-from tests.support.checks import check
 from tests.triton import test_staged_numbers as numbers
 from tests.triton.test_staged_numbers import *  # noqa: F403
-from tests.triton.test_staged_numbers import BF16, FP32, QWEN, STEP, TABLES, case
+from tests.triton.test_staged_numbers import BF16, FP32, QWEN, STEP, TABLES, case, check
 
 
 @pytest.fixture(autouse=True)

@@ -32,6 +32,11 @@ DTYPES = {
 }
 
 
+LAYOUTS = (
+    "BlockedLayout", "SliceLayout", "SwizzledSharedLayout", "NVMMADistributedLayout", "DotOperandLayout",
+)  # fmt: skip
+
+
 def raw(x: Any) -> Any:
     return x.x if isinstance(x, Value) else x
 
@@ -148,6 +153,10 @@ class Shared:
     def reshape(self, shape: list[int]) -> Shared:
         return Shared(self.x.view(shape))
 
+    @property
+    def dtype(self) -> Dtype:
+        return DTYPES[self.x.dtype]
+
     def load(self, layout: Any) -> Value:
         return Value(self.x.clone())
 
@@ -192,6 +201,11 @@ def scan(x: Value, axis: int, combine: Callable[[Any, Any], Any], reverse: bool 
     return Value(found.flip(axis) if reverse else found)
 
 
+def matrix_product(a: Value, b: Value, accumulator: Value) -> Value:
+    assert a.x.dtype == b.x.dtype
+    return Value(accumulator.x + a.x.float() @ b.x.float())
+
+
 def where(condition: Any, a: Any, b: Any) -> Any:
     a, b = (torch.tensor(x) if not isinstance(x, Tensor) else x for x in (raw(a), raw(b)))
     if a.dim() == 0 and b.dim() and a.is_floating_point() == b.is_floating_point():
@@ -227,11 +241,11 @@ def language(program: int) -> types.SimpleNamespace:
         minimum=of_two(torch.minimum), maximum=of_two(torch.maximum), load=load, store=store, where=where,
         associative_scan=scan, PropagateNan=PropagateNan,
         allocate_shared_memory=allocate, static_range=range, constexpr=lambda x: x,
-        BlockedLayout=lambda *a: None, SliceLayout=lambda *a: None, SwizzledSharedLayout=lambda *a: None,
+        **dict.fromkeys(LAYOUTS, lambda *a: None),
         convert_layout=lambda x, layout: x, sum=lambda x, axis: Value(x.x.sum(axis)),
         program_id=lambda axis: Value(torch.tensor(program, dtype=torch.int32)),
         arange=lambda start, end, layout=None: Value(torch.arange(start, end, dtype=torch.int32)),
-        reshape=lambda x, shape: Value(x.x.reshape(shape)),
+        reshape=lambda x, shape: Value(x.x.reshape(shape)), split=lambda x: (Value(x.x[..., 0]), Value(x.x[..., 1])),
         zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype.torch)),
     )  # fmt: skip
 
@@ -256,7 +270,8 @@ def interpret(kernel: GluonJITFunction, grid: tuple[int, ...], arguments: dict[s
                 namespace[name] = types.FunctionType(x.fn.__code__, namespace, name, x.fn.__defaults__)
         # Arithmetic that Triton's kernels have as well takes it from tl.
         namespace["gl"] = namespace["tl"] = language(program)
-        namespace |= {"async_copy": copies, "copy_to_shared": copies.copy_to_shared, "barrier": lambda: None}
+        namespace |= {"async_copy": copies, "copy_to_shared": copies.copy_to_shared, "mma_v2": matrix_product,
+                      "barrier": lambda: None}  # fmt: skip
         namespace[kernel.fn.__name__](**given)
         copies.wait_group(0)
 

@@ -276,5 +276,5 @@ def test_every_kernel_of_a_loaded_op_is_counted():
     names = {kernel.__name__ for kernel in launching._kernels}
     assert names == {f"{n}_kernel" for n in ("conv_prologue", "prefill_solve", "prefill_state", "decode",
                                              "fused_decode", "verify", "fused_verify", "gated_norm", "replay",
-                                             "replay_fold", "staged_step", "staged_replay")}  # fmt: skip
+                                             "replay_fold", "staged")}  # fmt: skip
     assert all(isinstance(kernel.device_caches, dict) for kernel in launching._kernels)

@@ -41,7 +41,7 @@ from gdn_plugin.backends.triton.gates import (
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
-from gdn_plugin.backends.triton.staged import Staging, Stagings, staged_step_kernel, step_options
+from gdn_plugin.backends.triton.staged import NO_RING, Staging, Stagings, staged_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -232,13 +232,13 @@ TILES = Tiles(
 # The same, staged, rows/buffers/warps at B = 8, 64 and 256 of a bf16 state: 64/4/8 6.7, -, -; 32/4/4 -, 56, 211; 32/8/8
 # 7.5, 65, 234. fp32: 32/4/4 8.6, 104, 400. Half-precision states are half the bytes and not half the work, so what is
 # under way matters more; with fp32 the memory is busy either way. 4 warps held to 80 registers: 300.
-_HALF = (Staging(64, 4, 8), Staging(32, 4, 4))
+_HALF = (None, Staging(64, 4, 4), Staging(64, 2, 4))
 STAGINGS = Stagings(
     {
-        (0, 0, 0, ""): (None, None),
+        (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (Staging(32, 4, 4), None),
+        (90, 128, 128, "float32"): (None, Staging(32, 4, 4), Staging(32, 4, 4)),
     }
 )
 
@@ -279,9 +279,9 @@ def run(
     config = config or STAGINGS.staging(state, batch, num_k_heads)
     if isinstance(config, Staging):
         launch(
-            staged_step_kernel, (batch * num_k_heads,), **arguments, p_accepted=None, p_start=None, p_cu_seqlens=None,
-            p_initial=None, stride_start=0, has_start=0, has_initial=0, num_sequences=batch, num_tokens=batch,
-            num_slots=1, **step_options(config, ratio, head_v_dim, 1),
+            staged_kernel, (batch * num_k_heads,), **arguments, **NO_RING, p_accepted=None, p_start=None,
+            p_cu_seqlens=None, p_initial=None, stride_start=0, has_start=0, has_initial=0, num_sequences=batch,
+            num_tokens=batch, num_slots=1, **step_options(config, ratio, head_v_dim, 1),
         )  # fmt: skip
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)

@@ -55,7 +55,7 @@ from gdn_plugin.backends.triton.gates import (
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
-from gdn_plugin.backends.triton.staged import MOST_TOKENS, Staging, Stagings, staged_step_kernel, step_options
+from gdn_plugin.backends.triton.staged import MOST_TOKENS, NO_RING, Staging, Stagings, staged_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -298,13 +298,13 @@ TILES = Tiles(
 
 # The same, staged, rows/buffers/warps, sequences x tokens: bf16 state 32/8/8 at 8x4, 64x2, 64x4: 20, 87, 139; 32/4/8
 # 20, 87, 147; four warps 57, 100, 245. fp32: 32/8/8 35 at 8x4, 32/4/8 266 at 64x4.
-_HALF = (Staging(32, 8, 8), Staging(32, 8, 8))
+_HALF = (None, Staging(64, 4, 4), Staging(64, 4, 4))
 STAGINGS = Stagings(
     {
-        (0, 0, 0, ""): (None, None),
+        (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (Staging(32, 8, 8), None),
+        (90, 128, 128, "float32"): (None, Staging(128, 1, 8), Staging(128, 1, 8)),
     }
 )
 
@@ -356,7 +356,7 @@ def run(
         config = STAGINGS.staging(state, batch, num_k_heads)
     if isinstance(config, Staging):
         options = step_options(config, ratio, head_v_dim, num_slots)
-        launch(staged_step_kernel, (sequences * num_k_heads,), **arguments, **options)
+        launch(staged_kernel, (sequences * num_k_heads,), **arguments, **NO_RING, **options)
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
     block_v = tile.block_v(head_k_dim, head_v_dim)

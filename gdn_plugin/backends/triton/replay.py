@@ -53,7 +53,7 @@ from gdn_plugin.backends.triton.staged import (
     MOST_TOKENS,
     Staging,
     Stagings,
-    staged_replay_kernel,
+    staged_kernel,
     step_options,
 )
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
@@ -358,20 +358,21 @@ TILES = Tiles(
 # 144; 32/4/4 11, 46, 153; 32/8/8 11, -, 200; fp32 32/2/4/80 -, -, 249; 32/2/4 -, 73, 255; 32/4/4 13, -, 276.
 # replay_verify 64x4, one token accepted: bf16 32/2/4/128 144, 32/4/4 157, 32/4/8/128 153; fp32 32/3/8/128 168,
 # 32/2/4/128 232; 38 and more at 8x4.
+_HALF = (Staging(64, 2, 4), Staging(64, 2, 4), Staging(64, 2, 4))
 STAGINGS_DECODE = Stagings(
     {
-        (0, 0, 0, ""): (None, None),
-        (90, 128, 128, "bfloat16"): (None, Staging(64, 2, 4)),
-        (90, 128, 128, "float16"): (None, Staging(64, 2, 4)),
-        (90, 128, 128, "float32"): (None, Staging(32, 2, 4, 80)),
+        (0, 0, 0, ""): (None, None, None),
+        (90, 128, 128, "bfloat16"): _HALF,
+        (90, 128, 128, "float16"): _HALF,
+        (90, 128, 128, "float32"): (None, Staging(64, 2, 4), Staging(64, 2, 4)),
     }
 )
 STAGINGS_VERIFY = Stagings(
     {
-        (0, 0, 0, ""): (None, None),
-        (90, 128, 128, "bfloat16"): (None, Staging(32, 2, 4, 128)),
-        (90, 128, 128, "float16"): (None, Staging(32, 2, 4, 128)),
-        (90, 128, 128, "float32"): (None, Staging(32, 3, 8, 128)),
+        (0, 0, 0, ""): (None, None, None),
+        (90, 128, 128, "bfloat16"): _HALF,
+        (90, 128, 128, "float16"): _HALF,
+        (90, 128, 128, "float32"): (None, Staging(64, 2, 4), Staging(64, 2, 4)),
     }
 )
 
@@ -426,8 +427,10 @@ def run(
         stagings = STAGINGS_VERIFY if speculative else STAGINGS_DECODE
         config = stagings.staging(state, batch, num_k_heads, (ring_k, ring_u))
     if isinstance(config, Staging):
-        options = step_options(config, ratio, head_v_dim, most if speculative else 1)
-        launch(staged_replay_kernel, (sequences * num_k_heads,), **arguments, **options)
+        options = step_options(config, ratio, head_v_dim, most if speculative else 1, ring=True)
+        # A matrix product is of 16 slots at least.
+        options |= {"RB": max(16, arguments["RB"]), "p_start": None, "stride_start": 0, "has_start": 0, "num_slots": 1}
+        launch(staged_kernel, (sequences * num_k_heads,), **arguments | options)
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)
     block_v = tile.block_v(head_k_dim, head_v_dim)

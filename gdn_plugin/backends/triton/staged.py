@@ -7,6 +7,14 @@ by copies into shared memory that no register waits for (cp.async), works out co
 then goes through them tile by tile, asking for the next where one is done with. q and k are convolved once; nothing is
 shared between programs, so there are no tickets; and the norm has a head's whole V.
 
+One kernel serves all four. What the tokens of a step need of the state S_0 that their sequence starts from are its
+products with their k and q, and those are one matrix product a tile, which tensor cores take exactly where the state is
+of the io dtype. The rest goes on vectors (l_t: the sum of g up to token t; updates of a ring come before s):
+
+    S_t k_t = exp(l_t) S_0 k_t + sum_{s<t} exp(l_t - l_s) (k_s . k_t) u_s;    u_t = beta_t (v_t - S_t k_t)
+
+Without a ring the states follow from u, S_t = exp(g_t) S_{t-1} + u_t k_t^T, in a second pass over shared memory.
+
 This is Gluon, Triton's own language with layouts said: a Triton program can neither start a copy early and wait late
 outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). Triton's
 interpreter does not know it; tests/support/gluon_on_cpu.py does. A launcher asks `staging` and takes its own kernel
@@ -16,7 +24,8 @@ rows are not aligned, long rings.
 Layouts, NW warps, VEC elements of a state in 16 bytes:
     TILE     [BV, K] of a state: 8 lanes along K, so that a row's sum takes three shuffles and a thread has K/8 of a row
     TOKENS   [L, channels]: a thread has all tokens of its channels, and so may move their history on by itself
-    HEADS    [RATIO, V]: a value of a head a thread; of replay, RING adds the ring's slots, all of them in the thread
+    VECTORS  [R, V] of a head: a thread has all slots of a ring for its values
+    ROWS     [L * RATIO, V] of outputs: a warp has a row, so that the norm's sum takes no barrier
 Bytes and operations are those that the other files state.
 """
 
@@ -31,7 +40,7 @@ from packaging.version import Version
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from gdn_plugin.backends.triton import gates
 from gdn_plugin.backends.triton.configs import FEW_HEADS, Table
@@ -45,6 +54,7 @@ KNOWN = Version(triton.__version__) >= Version("3.6")  # what 3.5 calls Gluon do
 # Renamed between triton 3.6 and 3.9.
 copy_to_shared = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+
 
 # Arithmetic has no layout: what the other kernels compile with is compiled here as well.
 log_decay, sigmoid, silu, rms_norm_gated = (
@@ -65,8 +75,8 @@ class Staging:
     registers: int | None = None
 
 
-class Stagings(Table[tuple[Staging | None, Staging | None]]):
-    """(for some heads, for many), by the state's dtype; None where the other kernel is no slower."""
+class Stagings(Table[tuple[Staging | None, Staging | None, Staging | None]]):
+    """(for few heads, for some, for many), by the state's dtype; None where the other kernel is no slower."""
 
     def staging(
         self, state: Tensor, num_sequences: int, num_k_heads: int, others: tuple[Tensor, ...] = ()
@@ -78,107 +88,77 @@ class Stagings(Table[tuple[Staging | None, Staging | None]]):
         num_v_heads, V, K = state.shape[1:]
         ratio = num_v_heads // num_k_heads
         heads = num_sequences * num_v_heads
-        if not KNOWN or heads < FEW_HEADS or ratio not in (1, 2, 4):
+        if not KNOWN or ratio not in (1, 2, 4):
             return None
         if any(x.data_ptr() % 16 or x.stride(0) % 16 for x in (state, *others)):
             return None  # a copy is of 16 bytes; Triton tells alignment by 16 elements
-        return self.lookup(device_sm(state.device), K, V, state.dtype)[heads >= MANY_HEADS]
+        return self.lookup(device_sm(state.device), K, V, state.dtype)[(heads >= FEW_HEADS) + (heads >= MANY_HEADS)]
 
 
 @gluon.jit
-def inputs(
-    p_x, p_history, o_t, o_x, o_c, length, fresh, stride_x, stride_cs_c, stride_cs_w, W: gl.constexpr,
-    ONE: gl.constexpr, i: gl.constexpr,
+def conv_inputs(
+    p_x, p_history, p_weight, p_bias, o_t, o_x, o_c, length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c,
+    stride_cs_w, W: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """[L, channels]: what tap i meets at tokens o_t: an input, or one of the history before the first token."""
-    if ONE:
+    """What each tap of channels o_c meets at tokens o_t [L, channels], the taps' weights [channels], the bias if any.
+
+    A tap meets an input, or one of the history before the first token.
+    """
+    o_x = o_x[None, :]
+    o_n = o_c[None, :]
+    loaded = ()
+    for i in gl.static_range(W):
+        o_i = o_t + (i - (W - 1))
         if i == W - 1:
-            return gl.load(p_x + o_t * stride_x + o_x).to(gl.float32)
-        else:
-            return gl.load(
-                p_history + o_c * stride_cs_c + (o_t + i) * stride_cs_w, mask=(o_c >= 0) & (fresh == 0), other=0.0
-            ).to(gl.float32)
-    else:
-        o_n = o_t + (i - (W - 1))
-        x = gl.load(p_x + o_n * stride_x + o_x, mask=(o_n >= 0) & (o_n < length), other=0.0).to(gl.float32)
-        if i == W - 1:
-            return x
+            x = gl.load(p_x + o_i * stride_x + o_x, mask=(o_i < length) & (o_n >= 0), other=0.0).to(gl.float32)
         else:
             old = gl.load(
-                p_history + o_c * stride_cs_c + (o_n + W - 1) * stride_cs_w,
-                mask=(o_n < 0) & (o_c >= 0) & (fresh == 0),
+                p_history + o_n * stride_cs_c + (o_i + W - 1) * stride_cs_w,
+                mask=(o_i < 0) & (o_n >= 0) & (fresh == 0),
                 other=0.0,
-            )
-            return gl.where(o_n < 0, old.to(gl.float32), x)
+            ).to(gl.float32)
+            if L == 1:
+                x = old
+            else:
+                x = gl.load(p_x + o_i * stride_x + o_x, mask=(o_i >= 0) & (o_i < length), other=0.0).to(gl.float32)
+                x = gl.where(o_i < 0, old, x)
+        loaded = loaded + (x,)
+    for i in gl.static_range(W):
+        loaded = loaded + (gl.load(p_weight + o_c * stride_w_c + i * stride_w_t).to(gl.float32),)
+    if p_bias is not None:
+        loaded = loaded + (gl.load(p_bias + o_c).to(gl.float32),)
+    return loaded
 
 
 @gluon.jit
 def convolved(
-    p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, o_c, length, fresh, stride_x, stride_w_c, stride_w_t,
-    stride_cs_c, stride_cs_w, W: gl.constexpr, L: gl.constexpr,
+    loaded, p_conv_state, p_bias, o_t, o_c, length, stride_cs_c, stride_cs_w, W: gl.constexpr, IO: gl.constexpr,
 ):  # fmt: skip
-    """[L, channels]: conv and SiLU of channels o_c at tokens o_t, in the io dtype. Moves their history on.
+    """[L, channels]: conv and SiLU of `conv_inputs`, in the io dtype. Moves the history of channels o_c on.
 
     A thread has all tokens of its channels, and no other thread has them: what it overwrites it has read. Column c
     becomes what tap 1 meets at token c, and, past the last token, what later taps meet there.
     """
-    o_x = o_x[None, :]
-    o_n = o_c[None, :]
-    taps = ()
-    for i in gl.static_range(W):
-        taps = taps + (
-            inputs(p_x, p_history, o_t, o_x, o_n, length, fresh, stride_x, stride_cs_c, stride_cs_w, W, L == 1, i),
-        )
-    acc = taps[0] * gl.load(p_weight + o_c * stride_w_c).to(gl.float32)[None, :]
+    acc = loaded[0] * loaded[W][None, :]
     for i in gl.static_range(1, W):
-        acc += taps[i] * gl.load(p_weight + o_c * stride_w_c + i * stride_w_t).to(gl.float32)[None, :]
+        acc += loaded[i] * loaded[W + i][None, :]
     if p_bias is not None:
-        acc += gl.load(p_bias + o_c).to(gl.float32)[None, :]
+        acc += loaded[2 * W][None, :]
     for i in gl.static_range(1, W):
-        p_new = p_conv_state + o_n * stride_cs_c + (o_t + i - 1) * stride_cs_w
-        wanted = (o_t < length) & (o_n >= 0)
+        p_new = p_conv_state + o_c[None, :] * stride_cs_c + (o_t + i - 1) * stride_cs_w
+        wanted = (o_t < length) & (o_c >= 0)[None, :]
         if i > 1:
             wanted = wanted & (o_t == length - 1)
-        gl.store(p_new, taps[i].to(p_new.dtype.element_ty), mask=wanted)
-    return silu(acc).to(p_x.dtype.element_ty)
-
-
-@gluon.jit
-def convolved_group(
-    p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
-    first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads,
-    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, RATIO: gl.constexpr, L: gl.constexpr, TOKENS: gl.constexpr,
-):  # fmt: skip
-    """(q beside k [L, 2K], the v of all value heads [L, RATIO * V]) of key head i_hk, convolved."""
-    o_t = gl.arange(0, L, layout=gl.SliceLayout(1, TOKENS))[:, None]
-    o_c = gl.arange(0, 2 * K, layout=gl.SliceLayout(0, TOKENS))
-    o_x = i_hk * stride_x_k + o_c // K * first_k + o_c % K
-    b_qk = convolved(
-        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, (o_c // K * num_k_heads + i_hk) * K + o_c % K, length,
-        fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
-    )  # fmt: skip
-    o_c = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, TOKENS))
-    o_x = first_v + i_hk * stride_x_v + o_c
-    b_v = convolved(
-        p_x, p_conv_state, p_history, p_weight, p_bias, o_t, o_x, 2 * num_k_heads * K + i_hk * (RATIO * V) + o_c,
-        length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, W, L,
-    )  # fmt: skip
-    return b_qk, b_v
+        gl.store(p_new, loaded[i].to(p_new.dtype.element_ty), mask=wanted)
+    return silu(acc).to(IO)
 
 
 @gluon.jit
 def normalised(x, L: gl.constexpr, K: gl.constexpr):
-    """[L, 2K], q beside k: each by its norm, rounded."""
+    """[L, 2K], q beside k, -> [2L, K]: each by its norm, rounded; rows 2t and 2t+1 are q and k of token t."""
     y = gl.reshape(x.to(gl.float32), [L, 2, K])
     y = y * gl.rsqrt(gl.sum(y * y, axis=2) + 1e-6)[:, :, None]
-    return gl.convert_layout(gl.reshape(y.to(x.dtype), [L, 2 * K]), x.type.layout)
-
-
-@gluon.jit
-def gated_norm(o, p_z, p_norm_weight, o_r, o_v, stride_z_h, V: gl.constexpr, eps, is_sigmoid):
-    """`rms_norm_gated` of o [RATIO, V], z and weight where they lie."""
-    z = gl.load(p_z + o_r[:, None] * stride_z_h + o_v[None, :]).to(gl.float32)
-    return rms_norm_gated(o, z, gl.load(p_norm_weight + o_v).to(gl.float32), V, eps, is_sigmoid)
+    return gl.reshape(y.to(x.dtype), [2 * L, K])
 
 
 @gluon.jit
@@ -186,428 +166,532 @@ def plus(a, b):
     return a + b
 
 
-@counted
-@gluon.jit(
-    do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
-                       "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h", "stride_indices",
-                       "stride_start", "has_start", "has_initial", "num_sequences", "num_tokens", "num_slots",
-                       "num_k_heads", "null_index", "is_sigmoid", "zero_padding"],
-    do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_indices", "p_accepted", "p_start",
-                                    "p_cu_seqlens", "p_initial", "p_weight", "p_bias", "p_conv_state"],
-)  # fmt: skip
-def staged_step_kernel(
-    p_x, p_weight, p_bias, p_conv_state, p_a, p_b, p_A_log, p_dt_bias, p_state, p_indices, p_accepted, p_start,
-    p_cu_seqlens, p_initial, p_z, p_norm_weight, p_out,
-    stride_x, stride_x_k, stride_x_v, first_k, first_v, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w,
-    stride_a_t, stride_a_k, stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state, stride_indices, stride_start,
-    stride_z_t, stride_z_k, stride_z_h, stride_out_t, stride_out_h,
-    has_start, has_initial, scale, eps, num_sequences, num_tokens, num_slots, num_k_heads, null_index, is_sigmoid,
-    zero_padding,
-    K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, RATIO: gl.constexpr, BV: gl.constexpr, NBUF: gl.constexpr,
-    L: gl.constexpr, num_warps: gl.constexpr,
+@gluon.jit
+def columns(x, M: gl.constexpr, N: gl.constexpr, LEVELS: gl.constexpr):
+    """x [M, N], N = 2^LEVELS, a thread with whole rows -> its N columns [M]: moves nothing."""
+    parts = (x,)
+    for i in gl.static_range(LEVELS):
+        low = ()
+        high = ()
+        for j in gl.static_range(2**i):
+            if i + 1 == LEVELS:
+                even, odd = gl.split(parts[j])
+            else:
+                even, odd = gl.split(gl.reshape(parts[j], [M, N // 2 ** (i + 1), 2]))
+            low = low + (even,)
+            high = high + (odd,)
+        parts = low + high
+    return parts
+
+
+@gluon.jit
+def ring_decays(x_rg, x_oldest, o_j):
+    """(sums of g behind each update [RB, RATIO], those of the whole ring [1, RATIO]); x_rg: g of the update behind."""
+    behind = gl.associative_scan(x_rg, 0, plus, reverse=True)
+    total = gl.sum(x_rg, axis=0)[None, :] + gl.where(o_j == 0, x_oldest, 0.0)
+    return behind, gl.sum(gl.where(o_j == 0, total, 0.0), axis=0)[None, :]
+
+
+@gluon.jit
+def part_of(x, dtype: gl.constexpr):
+    """(x rounded to `dtype`, what that leaves of it); nothing of an infinite x."""
+    part = x.to(dtype)
+    rest = x - part.to(gl.float32)
+    return part, gl.where(rest == rest, rest, 0.0)
+
+
+@gluon.jit
+def matrix_products(
+    s_tile, s_tokens, BV: gl.constexpr, K: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, num_warps: gl.constexpr
+):
+    """[BV, N] = tile [BV, K] times tokens [N, K] transposed on tensor cores, the tile as PARTS of the io dtype."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+    WIDTH: gl.constexpr = K // 2  # of registers
+    acc = gl.zeros([BV, N], gl.float32, MMA)
+    for h in gl.static_range(2):
+        b_tokens = s_tokens.slice(0, N).slice(h * WIDTH, WIDTH, dim=1).permute([1, 0])
+        b_tokens = b_tokens.load(gl.DotOperandLayout(1, MMA, 2))
+        rest = s_tile.slice(h * WIDTH, WIDTH, dim=1).load(gl.DotOperandLayout(0, MMA, 2))
+        if PARTS == 1:
+            acc = mma_v2(rest, b_tokens, acc)
+        else:
+            for _ in gl.static_range(PARTS):
+                part, rest = part_of(rest, b_tokens.dtype)
+                acc = mma_v2(part, b_tokens, acc)
+    return acc
+
+
+@gluon.jit
+def fold_by_matrix(
+    s_tile, s_rk, s_ru, kept, weights, fresh, BV: gl.constexpr, K: gl.constexpr, PARTS: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
-    VERIFY: gl.constexpr = p_cu_seqlens is not None
-    NORM: gl.constexpr = p_z is not None
-    IO: gl.constexpr = p_x.dtype.element_ty
-    STATE: gl.constexpr = p_state.dtype.element_ty
-    VEC: gl.constexpr = 128 // STATE.primitive_bitwidth
-    STEPS: gl.constexpr = RATIO * V // BV
-    BY_HEAD: gl.constexpr = V // BV
-    HEAD_WARPS: gl.constexpr = min(RATIO, num_warps)
-    TILE: gl.constexpr = gl.BlockedLayout([1, VEC], [4, 8], [num_warps, 1], [1, 0])
-    TOKENS: gl.constexpr = gl.BlockedLayout([L, 1], [1, 32], [1, num_warps], [1, 0])
-    HEADS: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [HEAD_WARPS, num_warps // HEAD_WARPS], [1, 0])
-    SHARED: gl.constexpr = gl.SwizzledSharedLayout(VEC, 1, 8, [1, 0])
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    BY_K: gl.constexpr = gl.SliceLayout(0, TILE)
-    BY_V: gl.constexpr = gl.SliceLayout(1, TILE)
+    """s_tile = kept times itself plus the updates [RB, BV], weighted, times their k; a thread writes what it has read.
 
-    i_p = gl.program_id(0)
-    i_hk = i_p % num_k_heads
-    i_b = (i_p // num_k_heads).to(gl.int64)
-    fresh = i_p < 0
-    if VERIFY:
-        start = gl.load(p_cu_seqlens + i_b).to(gl.int64)
-        end = num_tokens.to(gl.int64)
-        row = null_index.to(gl.int64)
-        first_row = row
-        first_column = row
-        if i_b < num_sequences:
-            end = gl.load(p_cu_seqlens + i_b + 1).to(gl.int64)
-            if start < end:
-                first_row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
-                fresh = (has_initial != 0) & (gl.load(p_initial + i_b).to(gl.int32) == 0)
-                first_column = gl.maximum(gl.load(p_accepted + i_b).to(gl.int64) - 1, 0)
-                own = fresh | (first_row <= null_index)
-                i_start = gl.where(own | (has_start != 0), 0, first_column)
-                row = gl.where(own, first_row, gl.load(p_start + i_b * stride_start + i_start).to(gl.int64))
-        length = (end - start).to(gl.int32)
-        first_column = gl.where(fresh, 0, first_column)
-    else:
-        start = i_b
-        length = 1
-        row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
-        first_row = row
-        first_column = 0
-    p_out += start * stride_out_t + i_hk * RATIO * stride_out_h
-    o_r = gl.arange(0, RATIO, layout=gl.SliceLayout(1, HEADS))
-    o_f = gl.arange(0, V, layout=gl.SliceLayout(0, HEADS))
-    o_out = o_r[:, None] * stride_out_h + o_f[None, :]
-    if row <= null_index:
-        if zero_padding != 0:
-            for i_t in range(length):
-                gl.store(p_out + i_t * stride_out_t + o_out, gl.zeros([RATIO, V], p_out.dtype.element_ty, HEADS))
-        return
+    A weighted update goes into the product in PARTS of the io dtype that have its bits together.
+    """
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+    ROWS: gl.constexpr = min(16 * num_warps, BV)
+    WIDTH: gl.constexpr = K // 2  # of registers
+    for m in gl.static_range(BV // ROWS):
+        b_u = s_ru.slice(m * ROWS, ROWS, dim=1).permute([1, 0]).load(gl.DotOperandLayout(0, MMA, 2))
+        b_u = weights * b_u.to(gl.float32)
+        for h in gl.static_range(2):
+            s_part = s_tile.slice(m * ROWS, ROWS).slice(h * WIDTH, WIDTH, dim=1)
+            b_k = s_rk.slice(h * WIDTH, WIDTH, dim=1).load(gl.DotOperandLayout(1, MMA, 2))
+            b_s = kept * gl.where(fresh, 0.0, s_part.load(MMA).to(gl.float32))
+            rest = b_u
+            for _ in gl.static_range(PARTS):
+                part, rest = part_of(rest, b_k.dtype)
+                b_s = mma_v2(part, b_k, b_s)
+            s_part.store(b_s.to(s_part.dtype))
 
-    # the states, tile by tile, on their way
-    o_v = gl.arange(0, BV, layout=BY_V)
-    o_k = gl.arange(0, K, layout=BY_K)
-    o_s = o_v[:, None] * K + o_k[None, :]
-    s_state = gl.allocate_shared_memory(STATE, [NBUF, BV, K], SHARED)
-    p_state += i_hk * (RATIO * V * K) + o_s
-    p_s = p_state + row * stride_state
-    for i in gl.static_range(NBUF):
-        copy_to_shared(s_state.index(i), p_s + i * (BV * K))
-        async_copy.commit_group()
 
-    p_x += start * stride_x
-    p_conv_state += first_row * stride_cs_n
-    p_history = p_conv_state + first_column * stride_cs_w
-    b_qk, b_v = convolved_group(
-        p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
-        first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads, K, V, W, RATIO, L, TOKENS,
-    )  # fmt: skip
-    s_qk = gl.allocate_shared_memory(IO, [L, 2 * K], PLAIN)
-    s_qk.store(normalised(b_qk, L, K))
-    s_v = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
-    s_v.reshape([L, RATIO * V]).store(b_v)
-    s_o = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
+@gluon.jit
+def fold(
+    s_tile, s_rk, s_ru, s_kept, s_weights, fresh, BV: gl.constexpr, K: gl.constexpr, RB: gl.constexpr,
+    TILE: gl.constexpr, SUB: gl.constexpr,
+):  # fmt: skip
+    """The same by sums."""
+    for h in gl.static_range(BV // SUB):
+        s_part = s_tile.slice(h * SUB, SUB)
+        b_s = s_kept.load(TILE) * gl.where(fresh, 0.0, s_part.load(TILE).to(gl.float32))
+        for j in gl.static_range(RB):
+            u_j = s_ru.slice(j, 1).slice(h * SUB, SUB, dim=1).permute([1, 0]).load(TILE).to(gl.float32)
+            u_j *= s_weights.slice(j, 1, dim=1).load(TILE)
+            b_s += u_j * s_rk.slice(j, 1).load(TILE).to(gl.float32)
+        s_part.store(b_s.to(s_part.dtype))
 
-    p_a += start * stride_a_t + i_hk * stride_a_k
-    p_b += start * stride_b_t + i_hk * stride_b_k
-    decay = ()
-    beta = ()
-    target = ()
-    for t in gl.static_range(L):
-        i_t = gl.minimum(t, length - 1)
-        for r in gl.static_range(RATIO):
-            A_log = gl.load(p_A_log + i_hk * RATIO + r).to(gl.float32)
-            dt_bias = gl.load(p_dt_bias + i_hk * RATIO + r).to(gl.float32)
-            decay = decay + (
-                gl.exp(log_decay(gl.load(p_a + i_t * stride_a_t + r * stride_a_h).to(gl.float32), A_log, dt_bias)),
-            )
-            beta = beta + (sigmoid(gl.load(p_b + i_t * stride_b_t + r * stride_b_h).to(gl.float32)),)
-        if VERIFY:
-            target = target + (gl.load(p_indices + i_b * stride_indices + gl.minimum(t, num_slots - 1)).to(gl.int64),)
-        else:
-            target = target + (row,)
 
-    for i in gl.static_range(STEPS):
-        # committed behind tile i: the other first ones and what was asked for since
-        if i < NBUF:
-            async_copy.wait_group(NBUF - 1 - i + min(i, STEPS - NBUF))
-        else:
-            async_copy.wait_group(min(i, STEPS - NBUF) - (i - NBUF) - 1)
-        barrier()
-        b_s = s_state.index(i % NBUF).load(TILE).to(gl.float32)
-        if i + NBUF < STEPS:
-            barrier()  # everyone has this one
-            copy_to_shared(s_state.index(i % NBUF), p_s + (i + NBUF) * (BV * K))
-            async_copy.commit_group()
-        if VERIFY:
-            b_s = gl.where(fresh, 0.0, b_s)
-        for t in gl.static_range(L):
-            if t < length:
-                q = s_qk.slice(t, 1).slice(0, K, dim=1).load(TILE).to(gl.float32)
-                k = s_qk.slice(t, 1).slice(K, K, dim=1).load(TILE).to(gl.float32)
-                v = (
-                    s_v.slice(t * RATIO + i // BY_HEAD, 1)
-                    .slice(i % BY_HEAD * BV, BV, dim=1)
-                    .permute([1, 0])
-                    .load(TILE)
-                    .to(gl.float32)
-                )
-                d = decay[t * RATIO + i // BY_HEAD]
-                delta = beta[t * RATIO + i // BY_HEAD] * (v - d * gl.sum(b_s * k, axis=1)[:, None])
-                o = scale * (d * gl.sum(b_s * q, axis=1)[:, None] + delta * gl.sum(k * q, axis=1)[:, None])
-                b_s = d * b_s + delta * k
-                if VERIFY:
-                    if (target[t] > null_index) & (t < num_slots):
-                        gl.store(p_state + target[t] * stride_state + i * (BV * K), b_s.to(STATE))
-                else:
-                    gl.store(p_s + i * (BV * K), b_s.to(STATE))
-                s_o.slice(t * RATIO + i // BY_HEAD, 1).slice(i % BY_HEAD * BV, BV, dim=1).permute([1, 0]).store(
-                    o.to(IO)
-                )
-
-    barrier()
-    if NORM:
-        p_z += start * stride_z_t + i_hk * stride_z_k
-    for t in gl.static_range(L):
-        if t < length:
-            b_o = s_o.slice(t * RATIO, RATIO).load(HEADS).to(gl.float32)
-            if NORM:
-                b_o = gated_norm(
-                    b_o, p_z + t * stride_z_t, p_norm_weight, o_r, o_f, stride_z_h, V, eps, is_sigmoid
-                )  # fmt: skip
-            gl.store(p_out + t * stride_out_t + o_out, b_o.to(p_out.dtype.element_ty))
+@gluon.jit
+def products(s_rows, s_tokens, s_out, M: gl.constexpr, N: gl.constexpr, num_warps: gl.constexpr):
+    """s_out [M, N] = rows [M, K] times tokens [N, K] transposed, by sums in fp32."""
+    TILE: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [num_warps, 1], [1, 0])
+    SUB: gl.constexpr = min(M, 32)
+    for m in gl.static_range(M // SUB):
+        b_rows = s_rows.slice(m * SUB, SUB).load(TILE).to(gl.float32)
+        for n in gl.static_range(N):
+            b_token = s_tokens.slice(n, 1).load(TILE).to(gl.float32)
+            s_out.slice(m * SUB, SUB).slice(n, 1, dim=1).store(gl.sum(b_rows * b_token, axis=1)[:, None])
 
 
 @counted
 @gluon.jit(
     do_not_specialize=["stride_w_c", "stride_w_t", "stride_cs_n", "stride_cs_c", "stride_cs_w", "stride_a_t",
                        "stride_a_k", "stride_a_h", "stride_b_t", "stride_b_k", "stride_b_h", "stride_rg_n",
-                       "stride_span", "stride_indices", "has_initial", "num_sequences", "num_tokens", "slots", "most",
-                       "num_k_heads", "null_index", "is_sigmoid", "zero_padding"],
+                       "stride_span", "stride_indices", "stride_start", "has_start", "has_initial", "num_sequences",
+                       "num_tokens", "num_slots", "slots", "most", "num_k_heads", "null_index", "is_sigmoid",
+                       "zero_padding"],
     do_not_specialize_on_alignment=["p_a", "p_b", "p_A_log", "p_dt_bias", "p_ring_g", "p_span", "p_indices",
-                                    "p_accepted", "p_cu_seqlens", "p_initial", "p_weight", "p_bias", "p_conv_state"],
+                                    "p_accepted", "p_start", "p_cu_seqlens", "p_initial", "p_weight", "p_bias",
+                                    "p_conv_state"],
 )  # fmt: skip
-def staged_replay_kernel(
+def staged_kernel(
     p_x, p_weight, p_bias, p_conv_state, p_a, p_b, p_A_log, p_dt_bias, p_state, p_ring_k, p_ring_u, p_ring_g, p_span,
-    p_indices, p_accepted, p_cu_seqlens, p_initial, p_z, p_norm_weight, p_out,
+    p_indices, p_accepted, p_start, p_cu_seqlens, p_initial, p_z, p_norm_weight, p_out,
     stride_x, stride_x_k, stride_x_v, first_k, first_v, stride_w_c, stride_w_t, stride_cs_n, stride_cs_c, stride_cs_w,
     stride_a_t, stride_a_k, stride_a_h, stride_b_t, stride_b_k, stride_b_h, stride_state, stride_rk_n, stride_ru_n,
-    stride_rg_n, stride_span, stride_indices, stride_z_t, stride_z_k, stride_z_h, stride_out_t, stride_out_h,
-    has_initial, scale, eps, num_sequences, num_tokens, slots, most, num_k_heads, null_index, is_sigmoid, zero_padding,
+    stride_rg_n, stride_span, stride_indices, stride_start, stride_z_t, stride_z_k, stride_z_h, stride_out_t,
+    stride_out_h,
+    has_start, has_initial, scale, eps, num_sequences, num_tokens, num_slots, slots, most, num_k_heads, null_index,
+    is_sigmoid, zero_padding,
     K: gl.constexpr, V: gl.constexpr, W: gl.constexpr, RATIO: gl.constexpr, BV: gl.constexpr, NBUF: gl.constexpr,
     RB: gl.constexpr, L: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     VERIFY: gl.constexpr = p_cu_seqlens is not None
+    REPLAY: gl.constexpr = p_ring_k is not None
     NORM: gl.constexpr = p_z is not None
     IO: gl.constexpr = p_x.dtype.element_ty
     STATE: gl.constexpr = p_state.dtype.element_ty
-    UPDATE: gl.constexpr = p_ring_u.dtype.element_ty
+    HALF_IO: gl.constexpr = IO.primitive_bitwidth == 16
+    # Products with a state are exact on tensor cores where it is of the io dtype, or parts of that hold its bits; which
+    # is more work than sums are for one token.
+    PARTS: gl.constexpr = 1 if STATE == IO else 3
+    SPLITS: gl.constexpr = HALF_IO and (STATE == IO or gl.bfloat16 == IO)
+    MATRIX: gl.constexpr = SPLITS and (PARTS == 1 or L > 1)
     VEC: gl.constexpr = 128 // STATE.primitive_bitwidth
-    VEC_K: gl.constexpr = 128 // p_ring_k.dtype.element_ty.primitive_bitwidth
-    VEC_U: gl.constexpr = 128 // UPDATE.primitive_bitwidth
-    STEPS: gl.constexpr = RATIO * V // BV
+    VEC_IO: gl.constexpr = 128 // IO.primitive_bitwidth
     BY_HEAD: gl.constexpr = V // BV
-    HEAD_WARPS: gl.constexpr = min(RATIO, num_warps)
+    STEPS: gl.constexpr = RATIO * BY_HEAD
+    SUB: gl.constexpr = min(BV, 32)  # rows that are in registers at a time where a state is changed
+    M: gl.constexpr = max(16, 2 * L)  # rows of a matrix product at least
+    N: gl.constexpr = max(8, 2 * L) if HALF_IO else 2 * L  # columns of products: q and k of each token, and idle ones
     TILE: gl.constexpr = gl.BlockedLayout([1, VEC], [4, 8], [num_warps, 1], [1, 0])
-    KEYS: gl.constexpr = gl.BlockedLayout([1, VEC_K], [2, 16], [num_warps, 1], [1, 0])
-    UPDATES: gl.constexpr = gl.BlockedLayout([1, VEC_U], [1, 32], [num_warps, 1], [1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([L, 1], [1, 32], [1, num_warps], [1, 0])
-    RING: gl.constexpr = gl.BlockedLayout([RB, 1, 1], [1, 1, 32], [1, HEAD_WARPS, num_warps // HEAD_WARPS], [2, 1, 0])
+    GATES: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [num_warps, 1], [0, 1])
+    VECTORS: gl.constexpr = gl.BlockedLayout(
+        [RB, 1], [1, 32], [1, num_warps], [1, 0]
+    )  # all slots of a ring in a thread
+    ROWS: gl.constexpr = gl.BlockedLayout([1, V // 32], [1, 32], [num_warps, 1], [1, 0])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(VEC, 1, 8, [1, 0])
-    SHARED_K: gl.constexpr = gl.SwizzledSharedLayout(VEC_K, 1, 8, [1, 0])
+    SHARED_IO: gl.constexpr = gl.SwizzledSharedLayout(VEC_IO, 1, 8, [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    BY_ROW: gl.constexpr = gl.BlockedLayout([1, N], [32, 1], [num_warps, 1], [1, 0])
+    OF_V: gl.constexpr = gl.SliceLayout(0, VECTORS)
+    LEVELS: gl.constexpr = 1 + (N > 2) + (N > 4) + (N > 8)
     BY_K: gl.constexpr = gl.SliceLayout(0, TILE)
     BY_V: gl.constexpr = gl.SliceLayout(1, TILE)
-    HEADS: gl.constexpr = gl.SliceLayout(0, RING)  # [RATIO, V]
-    WEIGHTS: gl.constexpr = gl.SliceLayout(2, RING)  # [RB, RATIO]
 
     i_p = gl.program_id(0)
     i_hk = i_p % num_k_heads
     i_b = (i_p // num_k_heads).to(gl.int64)
     num_v_heads = num_k_heads * RATIO
-
     fresh = i_p < 0
     accepted = i_p * 0 + 1
     if VERIFY:
+        # Under zero_padding the grid has one sequence more: the tokens past cu_seqlens[-1].
         start = gl.load(p_cu_seqlens + i_b).to(gl.int64)
         end = num_tokens.to(gl.int64)
-        row = null_index.to(gl.int64)
+        row = null_index.to(gl.int64)  # of the state to start from
+        first_row = row  # of conv_state
         if i_b < num_sequences:
             end = gl.load(p_cu_seqlens + i_b + 1).to(gl.int64)
             if start < end:
-                row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
+                first_row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
+                # has_initial_state, if absent, is any bytes, of which the first is read.
                 fresh = (has_initial != 0) & (gl.load(p_initial + i_b * has_initial).to(gl.int32) == 0)
                 accepted = gl.maximum(gl.load(p_accepted + i_b).to(gl.int32), 1)
+                row = first_row
+                if not REPLAY:
+                    # What nobody starts from is not looked up: its number may be anything.
+                    own = fresh | (first_row <= null_index)
+                    i_start = gl.where(own | (has_start != 0), 0, accepted - 1)
+                    row = gl.where(own, first_row, gl.load(p_start + i_b * stride_start + i_start).to(gl.int64))
         length = (end - start).to(gl.int32)
     else:
         start = i_b
         length = 1
         row = gl.load(p_indices + i_b * stride_indices).to(gl.int64)
+        first_row = row
     p_out += start * stride_out_t + i_hk * RATIO * stride_out_h
-    o_r = gl.arange(0, RATIO, layout=gl.SliceLayout(1, HEADS))
-    o_f = gl.arange(0, V, layout=gl.SliceLayout(0, HEADS))
-    o_out = o_r[:, None] * stride_out_h + o_f[None, :]
     if row <= null_index:
         if zero_padding != 0:
+            o_z = gl.arange(0, RATIO, layout=gl.SliceLayout(1, ROWS))[:, None] * stride_out_h
+            o_z = o_z + gl.arange(0, V, layout=gl.SliceLayout(0, ROWS))[None, :]
             for i_t in range(length):
-                gl.store(p_out + i_t * stride_out_t + o_out, gl.zeros([RATIO, V], p_out.dtype.element_ty, HEADS))
+                gl.store(p_out + i_t * stride_out_t + o_z, gl.zeros([RATIO, V], p_out.dtype.element_ty, ROWS))
         return
 
-    # the anchors, tile by tile, on their way
-    o_v = gl.arange(0, BV, layout=BY_V)
-    o_k = gl.arange(0, K, layout=BY_K)
-    o_s = o_v[:, None] * K + o_k[None, :]
-    s_state = gl.allocate_shared_memory(STATE, [NBUF, BV, K], SHARED)
-    p_s = p_state + row * stride_state + i_hk * (RATIO * V * K) + o_s
-    for i in gl.static_range(NBUF):
-        copy_to_shared(s_state.index(i), p_s + i * (BV * K))
-        async_copy.commit_group()
-
-    p_span += row * stride_span + i_hk * 2
-    first = gl.load(p_span)
-    held = gl.load(p_span + 1) + accepted - 1
-    accepted = gl.where(fresh, 1, accepted)
-    first = gl.where(fresh, 0, first)
-    held = gl.where(fresh, 0, held)
-    p_ring_k += row * stride_rk_n + i_hk * K
-    p_ring_u += row * stride_ru_n + i_hk * (RATIO * V)
-    p_ring_g += row * stride_rg_n + i_hk * RATIO
-    s_rk = gl.allocate_shared_memory(p_ring_k.dtype.element_ty, [RB, K], SHARED_K)
-    s_ru = gl.allocate_shared_memory(UPDATE, [RB, RATIO * V], PLAIN)
-    o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, KEYS))
-    o_n = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))
-    slot = first + o_j
-    slot = gl.where(slot >= slots, slot - slots, slot)
-    # What a mask leaves out is zeros there.
-    copy_to_shared(
-        s_rk, p_ring_k + slot[:, None] * (num_k_heads * K) + o_n[None, :],
-        mask=(o_j < held)[:, None] & (o_n >= 0)[None, :],
-    )  # fmt: skip
-    o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, UPDATES))
-    o_n = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, UPDATES))
-    slot = first + o_j
-    slot = gl.where(slot >= slots, slot - slots, slot)
-    copy_to_shared(
-        s_ru, p_ring_u + slot[:, None] * (num_v_heads * V) + o_n[None, :],
-        mask=(o_j < held)[:, None] & (o_n >= 0)[None, :],
-    )  # fmt: skip
-    async_copy.commit_group()
-    SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [min(RB, 32), 32 // min(RB, 32)], [1, num_warps], [0, 1])
-    o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, SCAN))[:, None]
-    o_wr = gl.arange(0, RATIO, layout=gl.SliceLayout(0, SCAN))[None, :]
-    slot = first + o_j + 1
-    slot = gl.where(slot >= slots, slot - slots, slot)
-    b_rg = gl.load(
-        p_ring_g + slot * num_v_heads + o_wr, mask=(o_j + 1 < held) & (o_wr >= 0), other=0.0
-    )  # of the update behind
-    oldest = gl.load(p_ring_g + first * num_v_heads + gl.arange(0, RATIO, layout=gl.SliceLayout(0, WEIGHTS)))
-
+    # What is loaded into registers is asked for first: behind the states of all programs it would wait for them.
+    if REPLAY:
+        p_span += row * stride_span + i_hk * 2
+        first = gl.load(p_span)
+        held = gl.load(p_span + 1) + accepted - 1
     p_x += start * stride_x
-    p_conv_state += row * stride_cs_n
-    p_history = p_conv_state + (accepted - 1) * stride_cs_w
-    b_qk, b_v = convolved_group(
-        p_x, p_conv_state, p_history, p_weight, p_bias, i_hk, length, fresh, stride_x, stride_x_k, stride_x_v, first_k,
-        first_v, stride_w_c, stride_w_t, stride_cs_c, stride_cs_w, num_k_heads, K, V, W, RATIO, L, TOKENS,
+    p_conv_state += first_row * stride_cs_n
+    p_history = p_conv_state + gl.where(fresh, 0, accepted - 1) * stride_cs_w
+    o_t = gl.arange(0, L, layout=gl.SliceLayout(1, TOKENS))[:, None]
+    o_c = gl.arange(0, 2 * K, layout=gl.SliceLayout(0, TOKENS))
+    o_x = i_hk * stride_x_k + o_c // K * first_k + o_c % K
+    o_c = (o_c // K * num_k_heads + i_hk) * K + o_c % K
+    x_qk = conv_inputs(
+        p_x, p_history, p_weight, p_bias, o_t, o_x, o_c, length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c,
+        stride_cs_w, W, L,
     )  # fmt: skip
-    s_qk = gl.allocate_shared_memory(IO, [L, 2 * K], PLAIN)
-    s_qk.store(normalised(b_qk, L, K))
-    s_v = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
-    s_v.reshape([L, RATIO * V]).store(b_v)
-    s_p = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, V], PLAIN)  # S_0 k and S_0 q of each token
-
-    # g [RATIO] of each token, in the layout of the weights
-    p_a += start * stride_a_t + i_hk * stride_a_k
-    p_b += start * stride_b_t + i_hk * stride_b_k
-    o_h = gl.arange(0, RATIO, layout=gl.SliceLayout(0, WEIGHTS))
-    A_log = gl.load(p_A_log + i_hk * RATIO + o_h).to(gl.float32)
-    dt_bias = gl.load(p_dt_bias + i_hk * RATIO + o_h).to(gl.float32)
-    g = ()
-    beta = ()
-    for t in gl.static_range(L):
-        i_t = gl.minimum(t, length - 1)
-        g = g + (log_decay(gl.load(p_a + i_t * stride_a_t + o_h * stride_a_h).to(gl.float32), A_log, dt_bias),)
-        beta = beta + (sigmoid(gl.load(p_b + i_t * stride_b_t + o_h * stride_b_h).to(gl.float32)),)
-
-    folds = fresh | (held + 2 * most > slots)
-    behind = gl.convert_layout(gl.associative_scan(b_rg, 0, plus, reverse=True), WEIGHTS)
-    left = gl.convert_layout(gl.sum(b_rg, axis=0), gl.SliceLayout(0, WEIGHTS)) + gl.where(held > 0, oldest, 0.0)
-    new_first = first
-    new_held = held
-    if folds:
-        behind = behind + float("-inf")
-        left = gl.zeros_like(left)
-        new_first = first + held
-        new_first = gl.where(new_first >= slots, new_first - slots, new_first)
-        new_held = held * 0
-
-    # every thread has read the span
-    barrier()
-    gl.store(p_span, new_first)
-    gl.store(p_span + 1, new_held + 1)
-
-    # the products with the anchors
-    for i in gl.static_range(STEPS):
-        # committed behind tile i: the other first ones, the ring, and what was asked for since
-        if i < NBUF:
-            async_copy.wait_group(NBUF - i + min(i, STEPS - NBUF))
-        else:
-            async_copy.wait_group(min(i, STEPS - NBUF) - (i - NBUF) - 1)
-        barrier()
-        b_s = s_state.index(i % NBUF).load(TILE).to(gl.float32)
-        if folds:
-            b_s = gl.where(fresh, 0.0, b_s)
-            for j in range(held):
-                slot_j = first + j
-                slot_j = gl.where(slot_j >= slots, slot_j - slots, slot_j)
-                k_j = gl.load(p_ring_k + slot_j * (num_k_heads * K) + o_k).to(gl.float32)
-                u_j = gl.load(p_ring_u + slot_j * (num_v_heads * V) + i * BV + o_v).to(gl.float32)
-                b_s = (
-                    gl.exp(gl.load(p_ring_g + slot_j * num_v_heads + i // BY_HEAD)) * b_s + u_j[:, None] * k_j[None, :]
-                )
-            gl.store(p_s + i * (BV * K), b_s.to(STATE))
-        for t in gl.static_range(L):
-            q = s_qk.slice(t, 1).slice(0, K, dim=1).load(TILE).to(gl.float32)
-            k = s_qk.slice(t, 1).slice(K, K, dim=1).load(TILE).to(gl.float32)
-            s_p.slice(2 * t * RATIO + i // BY_HEAD, 1).slice(i % BY_HEAD * BV, BV, dim=1).permute([1, 0]).store(
-                gl.sum(b_s * k, axis=1)[:, None]
-            )
-            s_p.slice((2 * t + 1) * RATIO + i // BY_HEAD, 1).slice(i % BY_HEAD * BV, BV, dim=1).permute([1, 0]).store(
-                gl.sum(b_s * q, axis=1)[:, None]
-            )
-        if i + NBUF < STEPS:
-            barrier()
-            copy_to_shared(s_state.index(i % NBUF), p_s + (i + NBUF) * (BV * K))
-            async_copy.commit_group()
-
-    async_copy.wait_group(0)
-    barrier()
-    # the updates, those of the step among them, one token after the other
-    o_jt = gl.arange(0, RB, layout=BY_V)
-    b_rk = s_rk.load(TILE).to(gl.float32)
-    o_jr = gl.arange(0, RB, layout=gl.SliceLayout(1, gl.SliceLayout(2, RING)))
-    b_ru = s_ru.reshape([RB, RATIO, V]).load(RING).to(gl.float32)
-    b_ru += b_ru * 0.0  # an infinite update makes products of S_n NaN: its k has both signs
-    o_u = o_r[:, None] * V + o_f[None, :]
+    o_cv = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, TOKENS))
+    o_x = first_v + i_hk * stride_x_v + o_cv
+    o_cv = 2 * num_k_heads * K + i_hk * (RATIO * V) + o_cv
+    x_v = conv_inputs(
+        p_x, p_history, p_weight, p_bias, o_t, o_x, o_cv, length, fresh, stride_x, stride_w_c, stride_w_t, stride_cs_c,
+        stride_cs_w, W, L,
+    )  # fmt: skip
+    o_g = gl.arange(0, L * RATIO, layout=gl.SliceLayout(1, GATES))[:, None]
+    o_one = gl.arange(0, 1, layout=gl.SliceLayout(0, GATES))[None, :]
+    i_t = gl.minimum(o_g // RATIO, length - 1)
+    i_h = i_hk * RATIO + o_g % RATIO + o_one
+    a = gl.load(p_a + start * stride_a_t + i_hk * stride_a_k + i_t * stride_a_t + o_g % RATIO * stride_a_h + o_one)
+    b = gl.load(p_b + start * stride_b_t + i_hk * stride_b_k + i_t * stride_b_t + o_g % RATIO * stride_b_h + o_one)
+    A_log = gl.load(p_A_log + i_h)
+    dt_bias = gl.load(p_dt_bias + i_h)
+    o_l = gl.arange(0, L * RATIO, layout=gl.SliceLayout(1, ROWS))[:, None]
+    o_f = gl.arange(0, V, layout=gl.SliceLayout(0, ROWS))
+    wanted_rows = (o_l // RATIO < length) & (o_f >= 0)[None, :]
     if NORM:
         p_z += start * stride_z_t + i_hk * stride_z_k
+        p_z = p_z + o_l // RATIO * stride_z_t + o_l % RATIO * stride_z_h + o_f[None, :]
+        b_z = gl.load(p_z, mask=wanted_rows, other=0.0)
+        norm_weight = gl.load(p_norm_weight + o_f)
+    targets = ()
     for t in gl.static_range(L):
-        if t < length:
-            q_t = s_qk.slice(t, 1).slice(0, K, dim=1).load(TILE).to(gl.float32)
-            k_t = s_qk.slice(t, 1).slice(K, K, dim=1).load(TILE).to(gl.float32)
-            b_rk_t = b_rk
-            b_rk = gl.where((o_jt == new_held + t)[:, None], k_t, b_rk)
-            dot_k = gl.convert_layout(gl.sum(b_rk_t * k_t, axis=1), gl.SliceLayout(1, WEIGHTS))
-            dot_q = gl.convert_layout(gl.sum(b_rk * q_t, axis=1), gl.SliceLayout(1, WEIGHTS))
-            behind += g[t][None, :]
-            left += g[t]
-            b_w = gl.exp(behind)
-            mine = o_jr == new_held + t
-            with_k = b_w * dot_k[:, None]
-            behind = gl.where(mine[:, None], 0.0, behind)
-            with_q = gl.where(mine[:, None], 1.0, b_w) * dot_q[:, None]
-            decay = gl.convert_layout(gl.exp(left), gl.SliceLayout(1, HEADS))[:, None]
-            beta_t = gl.convert_layout(beta[t], gl.SliceLayout(1, HEADS))[:, None]
-            v_t = s_v.slice(t * RATIO, RATIO).load(HEADS).to(gl.float32)
-            p_k = s_p.slice(2 * t * RATIO, RATIO).load(HEADS)
-            p_q = s_p.slice((2 * t + 1) * RATIO, RATIO).load(HEADS)
-            u_t = beta_t * (v_t - decay * p_k - gl.sum(with_k[:, :, None] * b_ru, axis=0))
-            b_ru = gl.where(mine[:, None, None], u_t[None, :, :], b_ru)
-            o_new = scale * (decay * p_q + gl.sum(with_q[:, :, None] * b_ru, axis=0))
-            slot_t = new_first + new_held + t
-            slot_t = gl.where(slot_t >= slots, slot_t - slots, slot_t)
-            gl.store(p_ring_u + slot_t * (num_v_heads * V) + o_u, u_t.to(UPDATE))
-            gl.store(p_ring_g + slot_t * num_v_heads + o_h, g[t])
-            p_new = p_ring_k + slot_t * (num_k_heads * K) + o_k[None, :] + gl.arange(0, 1, layout=BY_V)[:, None]
-            gl.store(p_new, k_t.to(p_ring_k.dtype.element_ty))
-            if NORM:
-                o_new = gated_norm(
-                    o_new.to(IO).to(gl.float32), p_z + t * stride_z_t, p_norm_weight, o_r, o_f, stride_z_h, V, eps,
-                    is_sigmoid,
-                )  # fmt: skip
-            gl.store(p_out + t * stride_out_t + o_out, o_new.to(p_out.dtype.element_ty))
+        if VERIFY and not REPLAY:
+            p_target = p_indices + i_b * stride_indices + gl.minimum(t, num_slots - 1)
+            targets = targets + (gl.load(p_target).to(gl.int64),)
+        else:
+            targets = targets + (row,)
+
+    # The states, tile by tile, on their way.
+    o_k = gl.arange(0, K, layout=BY_K)
+    s_state = gl.allocate_shared_memory(STATE, [NBUF, BV, K], SHARED)
+    p_state += i_hk * (RATIO * V * K)
+    p_tile = p_state + row * stride_state + gl.arange(0, BV, layout=BY_V)[:, None] * K + o_k[None, :]
+    for i in gl.static_range(NBUF):
+        copy_to_shared(s_state.index(i), p_tile + i * (BV * K))
+        async_copy.commit_group()
+
+    # Convolution, norms, gates: into shared memory, as everyone needs them.
+    b_qk = normalised(convolved(x_qk, p_conv_state, p_bias, o_t, o_c, length, stride_cs_c, stride_cs_w, W, IO), L, K)
+    s_tokens = gl.allocate_shared_memory(IO, [M, K], SHARED_IO)  # rows 2t: q, 2t+1: k, again and again
+    b_all = gl.reshape(b_qk, [1, 2 * L, K])
+    AGAIN: gl.constexpr = b_all.type.layout
+    b_all = b_all + gl.zeros([M // (2 * L), 1, 1], IO, AGAIN)
+    s_tokens.store(gl.reshape(b_all, [M, K]))
+    if not (REPLAY and MATRIX):
+        # In fp32 once more: what multiplies tiles is otherwise unpacked for each of them.
+        s_exact = gl.allocate_shared_memory(gl.float32, [2 * L, K], PLAIN)
+        s_exact.store(b_qk.to(gl.float32))
+    s_v = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
+    b_v = convolved(x_v, p_conv_state, p_bias, o_t, o_cv, length, stride_cs_c, stride_cs_w, W, IO)
+    s_v.reshape([L, RATIO * V]).store(b_v)
+    s_g = gl.allocate_shared_memory(gl.float32, [L * RATIO, 1], PLAIN)
+    s_beta = gl.allocate_shared_memory(gl.float32, [L * RATIO, 1], PLAIN)
+    g = log_decay(a.to(gl.float32), A_log.to(gl.float32), dt_bias.to(gl.float32))
+    s_g.store(g)
+    s_beta.store(sigmoid(b.to(gl.float32)))
+
+    if REPLAY:
+        first = gl.where(fresh, 0, first)
+        held = gl.where(fresh, 0, held)
+        folds = fresh | (held + 2 * most > slots)
+        next_slot = first + held
+        next_slot = gl.where(next_slot >= slots, next_slot - slots, next_slot)
+        p_ring_k += row * stride_rk_n + i_hk * K
+        p_ring_u += row * stride_ru_n + i_hk * (RATIO * V)
+        p_ring_g += row * stride_rg_n + i_hk * RATIO
+        UPDATE: gl.constexpr = p_ring_u.dtype.element_ty
+        KEYS: gl.constexpr = gl.BlockedLayout([1, VEC_IO], [32 * VEC_IO // K, K // VEC_IO], [num_warps, 1], [1, 0])
+        UPDATES: gl.constexpr = gl.BlockedLayout([1, 128 // UPDATE.primitive_bitwidth], [1, 32], [num_warps, 1], [1, 0])
+        SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [RB, 32 // RB], [1, num_warps], [0, 1])
+        # The ring's updates, which are wanted behind the states. What a mask leaves out is zeros there.
+        s_rk = gl.allocate_shared_memory(IO, [RB, K], SHARED_IO if SPLITS else PLAIN)
+        s_ru = gl.allocate_shared_memory(UPDATE, [RB, RATIO * V], PLAIN)
+        o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, KEYS))[:, None]
+        o_n = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
+        slot = first + o_j
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        copy_to_shared(s_rk, p_ring_k + slot * (num_k_heads * K) + o_n, mask=(o_j < held) & (o_n >= 0))
+        o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, UPDATES))[:, None]
+        o_n = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, UPDATES))[None, :]
+        slot = first + o_j
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        copy_to_shared(s_ru, p_ring_u + slot * (num_v_heads * V) + o_n, mask=(o_j < held) & (o_n >= 0))
+        async_copy.commit_group()
+        # Gates of the updates behind each.
+        o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, SCAN))[:, None]
+        o_n = gl.arange(0, RATIO, layout=gl.SliceLayout(0, SCAN))[None, :]
+        slot = first + o_j + 1
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        x_rg = gl.load(p_ring_g + slot * num_v_heads + o_n, mask=(o_j + 1 < held) & (o_n >= 0), other=0.0)
+        x_oldest = gl.load(p_ring_g + first * num_v_heads + o_n, mask=(held > 0) & (o_n >= 0), other=0.0)
+        # What the step's tokens leave there, u aside.
+        slot = next_slot + o_g // RATIO
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        gl.store(p_ring_g + slot * num_v_heads + o_g % RATIO + o_one, g, mask=(o_g // RATIO < length) & (o_one >= 0))
+        PAIRS: gl.constexpr = b_qk.type.layout
+        o_i = gl.arange(0, 2 * L, layout=gl.SliceLayout(1, PAIRS))[:, None]
+        o_n = gl.arange(0, K, layout=gl.SliceLayout(0, PAIRS))[None, :]
+        slot = next_slot + o_i // 2
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        wanted = (o_i % 2 == 1) & (o_i // 2 < length) & (o_n >= 0)
+        gl.store(p_ring_k + slot * (num_k_heads * K) + o_n, b_qk, mask=wanted)
+
+    s_dots = gl.allocate_shared_memory(gl.float32, [M, N], PLAIN)  # of tokens with tokens
+    s_p = gl.allocate_shared_memory(gl.float32, [V if MATRIX or not REPLAY else RATIO * V, N], PLAIN)  # of states
+    if not REPLAY:
+        s_u = gl.allocate_shared_memory(gl.float32, [L * RATIO, V], PLAIN)
+    s_o = gl.allocate_shared_memory(IO, [L * RATIO, V], PLAIN)
+    barrier()
+    if HALF_IO:
+        b_tokens = s_tokens.slice(0, N).permute([1, 0]).load(RIGHT)
+        s_dots.store(mma_v2(s_tokens.load(LEFT), b_tokens, gl.zeros([M, N], gl.float32, MMA)))
+    else:
+        products(s_exact, s_exact, s_dots.slice(0, 2 * L), 2 * L, N, num_warps)
+
+    o_sub = gl.arange(0, SUB, layout=BY_V)[:, None] * K + o_k[None, :]
+    if REPLAY:
+        # Every thread has read the span.
+        gl.store(p_span, gl.where(folds, next_slot, first))
+        gl.store(p_span + 1, gl.where(folds, 0, held) + 1)
+        s_kept = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
+        s_fold = gl.allocate_shared_memory(gl.float32, [RATIO, RB], PLAIN)
+        if folds:
+            behind, left = ring_decays(x_rg, x_oldest, o_j)
+            s_kept.permute([1, 0]).store(gl.exp(left))
+            s_fold.permute([1, 0]).store(gl.exp(behind))
+            async_copy.wait_group(0)
+        b_products = ()
+        for i in gl.static_range(STEPS):
+            # Committed behind this tile: the other first ones, the ring, and what was asked for since.
+            if i < NBUF:
+                async_copy.wait_group(NBUF - i + min(i, STEPS - NBUF))
+            else:
+                async_copy.wait_group(min(i, STEPS - NBUF) - (i - NBUF) - 1)
+            barrier()
+            s_tile = s_state.index(i % NBUF)
+            if folds:
+                # Products are of what is stored then: rounded to the state's dtype.
+                s_update = s_ru.slice(i * BV, BV, dim=1)
+                s_kept_r = s_kept.slice(i // BY_HEAD, 1)
+                s_fold_r = s_fold.slice(i // BY_HEAD, 1)
+                if SPLITS:
+                    fold_by_matrix(
+                        s_tile, s_rk, s_update, s_kept_r.load(MMA), s_fold_r.load(LEFT), fresh, BV, K,
+                        2 if PARTS == 1 else PARTS, num_warps,
+                    )  # fmt: skip
+                else:
+                    fold(s_tile, s_rk, s_update, s_kept_r, s_fold_r, fresh, BV, K, RB, TILE, SUB)
+                barrier()
+                p_new = p_state + row * stride_state + i * (BV * K)
+                for h in gl.static_range(BV // SUB):
+                    gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
+            if MATRIX:
+                b_products = b_products + (matrix_products(s_tile, s_tokens, BV, K, N, PARTS, num_warps),)
+            else:
+                products(s_tile, s_exact, s_p.slice(i * BV, BV), BV, 2 * L, num_warps)
+            if i + NBUF < STEPS:
+                barrier()
+                copy_to_shared(s_tile, p_tile + (i + NBUF) * (BV * K))
+                async_copy.commit_group()
+
+        # The weight of each update in S_n k and S_n q of each token: the updates of a ring that folds have none.
+        s_weights = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, RB], PLAIN)
+        s_rdots = gl.allocate_shared_memory(gl.float32, [RB, N], PLAIN)
+        s_left = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
+        behind, left = ring_decays(x_rg, x_oldest, o_j)
+        if folds:
+            behind = behind + float("-inf")
+            left = gl.zeros_like(left)
+        s_left.permute([1, 0]).store(left)
+        async_copy.wait_group(0)
+        barrier()
+        if HALF_IO:
+            s_rdots.store(mma_v2(s_rk.load(LEFT), b_tokens, gl.zeros([RB, N], gl.float32, MMA)))
+        else:
+            products(s_rk, s_exact, s_rdots, RB, N, num_warps)
+        barrier()
+        for t in gl.static_range(L):
+            behind += s_g.slice(t * RATIO, RATIO).permute([1, 0]).load(SCAN)
+            for n in gl.static_range(2):
+                dots = s_rdots.slice(2 * t + n, 1, dim=1).load(SCAN)
+                s_weights.slice((2 * t + n) * RATIO, RATIO).permute([1, 0]).store(gl.exp(behind) * dots)
+
+    o_u = gl.arange(0, V, layout=OF_V)[None, :]
+    o_0 = gl.arange(0, 1, layout=gl.SliceLayout(1, VECTORS))[:, None]
+    for r in gl.static_range(RATIO):
+        s_head = s_p
+        if REPLAY:
+            if MATRIX:
+                for c in gl.static_range(BY_HEAD):
+                    s_p.slice(c * BV, BV).store(b_products[r * BY_HEAD + c])
+            else:
+                s_head = s_p.slice(r * V, V)
+        else:
+            for c in gl.static_range(BY_HEAD):
+                # Committed behind this tile: the other first ones, and what was asked for since.
+                if r * BY_HEAD + c < NBUF:
+                    async_copy.wait_group(NBUF - 1 - (r * BY_HEAD + c) + min(r * BY_HEAD, STEPS - NBUF))
+                else:
+                    async_copy.wait_group(min(r * BY_HEAD, STEPS - NBUF) - (r * BY_HEAD + c - NBUF) - 1)
+                barrier()
+                s_tile = s_state.index((r * BY_HEAD + c) % NBUF)
+                if MATRIX:
+                    s_p.slice(c * BV, BV).store(matrix_products(s_tile, s_tokens, BV, K, N, PARTS, num_warps))
+                else:
+                    products(s_tile, s_exact, s_p.slice(c * BV, BV), BV, 2 * L, num_warps)
+        barrier()
+
+        # One token after the other, on vectors alone: S_t k = exp(l) S_0 k + the sum of exp(l_s) (k_s . k) u_s
+        left = gl.zeros([1, 1], gl.float32, VECTORS)
+        if REPLAY:
+            b_ru = s_ru.slice(r * V, V, dim=1).load(VECTORS).to(gl.float32)
+            b_ru += b_ru * 0.0  # an infinite update makes products of S_n NaN: its k has both signs
+            left = s_left.slice(r, 1).load(VECTORS)
+        # A thread's rows of the products with the state: q's and k's of each token.
+        b_p = columns(s_head.load(BY_ROW), V, N, LEVELS)
+        gs = ()
+        updates = ()
+        for t in gl.static_range(L):
+            g_t = s_g.slice(t * RATIO + r, 1).load(VECTORS)
+            left = left + g_t
+            decay = gl.exp(left)
+            S_q = decay * gl.where(fresh, 0.0, gl.convert_layout(b_p[2 * t], OF_V)[None, :])
+            S_k = decay * gl.where(fresh, 0.0, gl.convert_layout(b_p[2 * t + 1], OF_V)[None, :])
+            if REPLAY:
+                w_q = s_weights.slice(2 * t * RATIO + r, 1).permute([1, 0]).load(VECTORS)
+                w_k = s_weights.slice((2 * t + 1) * RATIO + r, 1).permute([1, 0]).load(VECTORS)
+                S_q += gl.sum(w_q * b_ru, axis=0)[None, :]
+                S_k += gl.sum(w_k * b_ru, axis=0)[None, :]
+            between = g_t
+            for s in gl.static_range(t):
+                # from the newest backwards: a cumulative sum would lose small gates behind a large one
+                s_dot = s_dots.slice(2 * (t - 1 - s) + 1, 1)
+                w = gl.exp(between)
+                S_q += w * s_dot.slice(2 * t, 1, dim=1).load(VECTORS) * updates[t - 1 - s]
+                S_k += w * s_dot.slice(2 * t + 1, 1, dim=1).load(VECTORS) * updates[t - 1 - s]
+                between = between + gs[t - 1 - s]
+            v = s_v.slice(t * RATIO + r, 1).load(VECTORS).to(gl.float32)
+            u = s_beta.slice(t * RATIO + r, 1).load(VECTORS) * (v - S_k)
+            o = scale * (S_q + s_dots.slice(2 * t + 1, 1).slice(2 * t, 1, dim=1).load(VECTORS) * u)
+            s_o.slice(t * RATIO + r, 1).store(o.to(IO))
+            if REPLAY:
+                slot_t = next_slot + t
+                slot_t = gl.where(slot_t >= slots, slot_t - slots, slot_t)
+                wanted = (o_0 + t < length) & (o_u >= 0)
+                gl.store(p_ring_u + slot_t * (num_v_heads * V) + r * V + o_u + o_0, u.to(UPDATE), mask=wanted)
+            else:
+                s_u.slice(t * RATIO + r, 1).store(u)
+            gs = gs + (g_t,)
+            updates = updates + (u + u * 0.0,)
+
+        if not REPLAY:
+            barrier()
+            for c in gl.static_range(BY_HEAD):
+                s_old = s_state.index((r * BY_HEAD + c) % NBUF)
+                for h in gl.static_range(BV // SUB):
+                    b_s = s_old.slice(h * SUB, SUB).load(TILE).to(gl.float32)
+                    b_s = gl.where(fresh, 0.0, b_s)
+                    for t in gl.static_range(L):
+                        if t < length:
+                            k_n = s_exact.slice(2 * t + 1, 1).load(TILE)
+                            s_un = s_u.slice(t * RATIO + r, 1).slice(c * BV + h * SUB, SUB, dim=1)
+                            d_n = gl.exp(s_g.slice(t * RATIO + r, 1).load(TILE))
+                            b_s = d_n * b_s + s_un.permute([1, 0]).load(TILE) * k_n
+                            if (targets[t] > null_index) & (t < num_slots):
+                                p_new = p_state + targets[t] * stride_state + (r * V + c * BV + h * SUB) * K + o_sub
+                                gl.store(p_new, b_s.to(STATE))
+                if r * BY_HEAD + c + NBUF < STEPS:
+                    barrier()
+                    copy_to_shared(s_old, p_tile + (r * BY_HEAD + c + NBUF) * (BV * K))
+                    async_copy.commit_group()
+        barrier()
+
+    b_o = s_o.load(ROWS)
+    if NORM:
+        weight = norm_weight.to(gl.float32)
+        b_o = rms_norm_gated(b_o.to(gl.float32), b_z.to(gl.float32), weight, V, eps, is_sigmoid)
+    p_line = p_out + o_l // RATIO * stride_out_t + o_l % RATIO * stride_out_h + o_f[None, :]
+    gl.store(p_line, b_o.to(p_out.dtype.element_ty), mask=wanted_rows)
 
 
-def step_options(staging: Staging, ratio: int, V: int, tokens: int) -> dict[str, Any]:
-    """What a launch of either kernel adds: tiles, for sequences of at most `tokens` tokens, and Triton's options."""
-    steps = ratio * V // staging.rows
+# What a launch for an op without a ring passes in the ring's place.
+NO_RING = {
+    "p_ring_k": None, "p_ring_u": None, "p_ring_g": None, "p_span": None, "stride_rk_n": 0, "stride_ru_n": 0,
+    "stride_rg_n": 0, "stride_span": 0, "slots": 0, "most": 0, "RB": 1,
+}  # fmt: skip
+
+
+def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool = False) -> dict[str, Any]:
+    """What a launch adds: tiles, for sequences of at most `tokens` tokens, and Triton's options."""
+    rows, buffers, warps = staging.rows, staging.buffers, staging.num_warps
+    if tokens > 4:  # a thread has all tokens of its channels, so there have to be more threads
+        rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
+    if not ring:  # a state that is written is gone through twice, so all of a head's has to be there
+        buffers = max(buffers, V // rows)
     options: dict[str, Any] = {"maxnreg": staging.registers} if staging.registers else {}
     return options | {
-        "BV": staging.rows, "NBUF": min(staging.buffers, steps), "L": triton.next_power_of_2(tokens),
+        "BV": rows, "NBUF": min(buffers, ratio * V // rows), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
-        "num_warps": min(staging.num_warps, ratio * V // 32),
+        "num_warps": min(warps, ratio * V // 32),
     }  # fmt: skip
