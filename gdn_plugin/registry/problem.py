@@ -101,6 +101,11 @@ class Problem:
             )
 
     @property
+    def heads(self) -> tuple[int, int, int, int]:
+        """(Hk, Hv, K, V)."""
+        return self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim
+
+    @property
     def phase(self) -> str:
         """The user's phase this op belongs to: conv_prologue to prefill, fused_decode to decode, and so on."""
         return PHASE_OF_OP[self.op]

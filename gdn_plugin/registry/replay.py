@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from packaging.version import Version
+
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.requests import Request
 from gdn_plugin.registry.table import BUILTIN_NAMES, rows
@@ -25,6 +27,8 @@ class Preference:
         source: the measurement.
         sms: architectures it stands for; None = all, and CPUs.
         state_dtypes: of the pool, by name; None = any.
+        ratios, dims: value heads a key head, and (K, V), that its kernels are for; None = any.
+        triton: the version that they want at least.
     """
 
     slots: int
@@ -32,33 +36,45 @@ class Preference:
     source: str
     sms: tuple[int, ...] | None = None
     state_dtypes: tuple[str, ...] | None = None
+    ratios: tuple[int, ...] | None = None
+    dims: tuple[int, int] | None = None
+    triton: str | None = None
 
-    def matches(self, platform: Platform, state_dtype: str) -> bool:
-        here = self.sms is None or platform.sm in self.sms
-        return here and (self.state_dtypes is None or state_dtype in self.state_dtypes)
+    def matches(self, platform: Platform, state_dtype: str, heads: tuple[int, int, int, int]) -> bool:
+        num_k_heads, num_v_heads, *dims = heads
+        installed = platform.packages.get("triton", "0")
+        return (
+            (self.sms is None or platform.sm in self.sms)
+            and (self.state_dtypes is None or state_dtype in self.state_dtypes)
+            and (self.ratios is None or num_v_heads / num_k_heads in self.ratios)
+            and (self.dims is None or self.dims == tuple(dims))
+            and (self.triton is None or Version(installed) >= Version(self.triton))
+        )
 
 
 PREFERENCES: tuple[Preference, ...] = (
     Preference(
-        0,
-        reason="auto leaves replay off: on SM 90 its kernels are 1.4 to 1.6 times as fast with a float32 state from "
-        "64 sequences on, but no GPU engine has served so yet; GDN_PLUGIN_REPLAY=16 asks for it",
-        source="this plugin on one H100 (triton 3.6, 2026-11-27), CUDA graphs, Hk=16, Hv=32, bf16 tokens, float32 "
-        "state, ring of 16: decode of 8, 64, 256 sequences 11.7, 73, 249 us against 8.6, 102, 389 (fused_decode); "
-        "8x4 and 64x4 speculative tokens 31 and 168 against 35 and 265 (fused_verify)",
+        16,
+        reason="auto: on SM 90 an engine's decode of 256 sequences took 0.76 times as long with it, 64 x 4 drafts 0.79",
+        source="vLLM 0.33 on one H100 (2026-11-27), qwen3.5-4b, Hk=16, Hv=32, bf16 tokens and state, ring of 16, "
+        "seconds of stock, plugin and replay: decode of 256 sequences 3.64, 3.48, 2.78; of 8 0.587, 0.561, 0.557; 64 "
+        "sequences with 3 drafts 1.40, 1.42, 1.13; prefill 1.77, 1.69, 1.68. A layer's step: 200, 195, 122 us; 12, "
+        "8.3, 7.3; 144, 135, 49",
         sms=(90,),
-        state_dtypes=("float32",),
+        state_dtypes=("bfloat16",),
+        ratios=(1, 2, 4),
+        dims=(128, 128),
+        triton="3.6",
     ),
     Preference(
         0,
-        reason="auto leaves replay off: on SM 90 with a state of 16 bits an engine's decode of 256 sequences took 1.2 "
-        "times as long with it, though its kernel alone is faster",
-        source="vLLM 0.33 on one H200 (2026-11-27), bf16 state, ring of 16, a layer's step: decode of 256 sequences "
-        "191 us against 158, of 8 10.4 and 10.4; 64x4 speculative tokens 135 against 145 (stock: 153, 12.6, 116). The "
-        "kernels alone on an H100: decode of 8, 64, 256 sequences 10.5, 46, 144 us against 6.7, 56, 211; 8x4 and 64x4 "
-        "speculative tokens 28 and 144 against 20 and 139",
+        reason="auto leaves replay off: on SM 90 its kernels are 1.7 to 2.7 times as fast with a float32 state from "
+        "64 sequences on, but no GPU engine has served so yet; GDN_PLUGIN_REPLAY=16 asks for it",
+        source="this plugin on one H100 (triton 3.6, 2026-11-27), CUDA graphs, Hk=16, Hv=32, bf16 tokens, float32 "
+        "state, ring of 16: decode of 8, 64, 256 sequences 8.7, 63, 227 us against 10.5, 100, 388 (fused_decode); "
+        "8x4 and 64x4 speculative tokens 22 and 96 against 38 and 259 (fused_verify)",
         sms=(90,),
-        state_dtypes=("bfloat16", "float16"),
+        state_dtypes=("float32",),
     ),
     Preference(
         0,
@@ -90,6 +106,7 @@ def decide(
     platform: Platform,
     request: Request,
     state_dtype: str,
+    heads: tuple[int, int, int, int],
     spec_tokens: int = 0,
     *,
     backends: Mapping[str, str] | None = None,
@@ -99,6 +116,7 @@ def decide(
 
     Args:
         request: for replay, see `requests.replay_request`.
+        heads: of a layer: (Hk, Hv, K, V).
         spec_tokens: most tokens that a speculative row brings; 0 without speculation. A ring has room for four steps.
         backends: the request for each phase: one by name must have the op that replay puts in the phase's place.
         obstacle: says why this host, or this mode of it, cannot have replay, or None; asked where replay is wanted.
@@ -106,7 +124,7 @@ def decide(
     if request.value == "0":
         return Replay(0, f"asked for, {request.source}")
     if request.value == "auto":
-        row = next(row for row in PREFERENCES if row.matches(platform, state_dtype))
+        row = next(row for row in PREFERENCES if row.matches(platform, state_dtype, heads))
         slots, why = row.slots, row.reason
     else:
         slots, why = int(request.value), f"asked for, {request.source}"

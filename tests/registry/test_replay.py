@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from gdn_plugin.registry import PHASES, NoBackendError, Platform, Request, decide, replay, select
@@ -10,18 +12,32 @@ GPU, CPU = Platform.simulated("sm_90"), Platform.simulated("cpu")
 ON = Request("16", "GDN_PLUGIN_REPLAY")
 
 
+HEADS = (16, 32, 128, 128)
+AUTO = Request("auto", "default")
+OLDER = dataclasses.replace(GPU, packages=GPU.packages | {"triton": "3.5.1"})
+
+
+@pytest.mark.parametrize("heads", [(16, 16, 128, 128), HEADS, (8, 16, 128, 128), (16, 64, 128, 128)])
+def test_auto_takes_what_an_engine_was_measured_faster_with(heads):
+    decision = decide(GPU, AUTO, "bfloat16", heads)
+    assert decision.describe().startswith("replay: on, a ring of 16 slots (auto: on SM 90 an engine's decode")
+    assert decide(GPU, AUTO, "bfloat16", heads, 6).slots == 24
+
+
 @pytest.mark.parametrize(
-    ("platform", "state", "why"),
+    ("platform", "state", "heads", "why"),
     [
-        (GPU, "float32", "no GPU engine has served so yet; GDN_PLUGIN_REPLAY=16 asks for it)"),
-        (GPU, "bfloat16", "took 1.2 times as long with it, though its kernel alone is faster)"),
-        (GPU, "float16", "took 1.2 times as long with it, though its kernel alone is faster)"),
-        (Platform.simulated("sm_100"), "float32", "not measured on this machine)"),
-        (CPU, "bfloat16", "not measured on this machine)"),
+        (GPU, "float32", HEADS, "no GPU engine has served so yet; GDN_PLUGIN_REPLAY=16 asks for it)"),
+        (GPU, "float16", HEADS, "not measured on this machine)"),
+        (GPU, "bfloat16", (16, 48, 128, 128), "not measured on this machine)"),
+        (GPU, "bfloat16", (16, 32, 64, 64), "not measured on this machine)"),
+        (OLDER, "bfloat16", HEADS, "not measured on this machine)"),
+        (Platform.simulated("sm_100"), "float32", HEADS, "not measured on this machine)"),
+        (CPU, "bfloat16", HEADS, "not measured on this machine)"),
     ],
 )
-def test_auto_waits_for_a_measurement(platform, state, why):
-    decision = decide(platform, Request("auto", "default"), state, obstacle=lambda: pytest.fail("nobody asked for it"))
+def test_auto_waits_for_a_measurement(platform, state, heads, why):
+    decision = decide(platform, AUTO, state, heads, obstacle=lambda: pytest.fail("nobody asked for it"))
     assert decision.slots == 0
     assert decision.describe().startswith("replay: off (auto leaves replay off")
     assert decision.describe().endswith(why)
@@ -34,20 +50,19 @@ def test_auto_goes_by_the_first_row_that_matches(monkeypatch):
         replay.Preference(0, "not measured", "z"),
     )
     monkeypatch.setattr(replay, "PREFERENCES", rows)
-    auto = Request("auto", "default")
     cases = ((GPU, "float32"), (GPU, "bfloat16"), (CPU, "bfloat16"))
-    found = [decide(platform, auto, state).describe() for platform, state in cases]
+    found = [decide(platform, AUTO, state, HEADS).describe() for platform, state in cases]
     assert found == [
         "replay: off (slower there)", "replay: on, a ring of 16 slots (measured faster)", "replay: off (not measured)"
     ]  # fmt: skip
-    assert decide(GPU, auto, "bfloat16", obstacle=lambda: "in the way").describe() == "replay: off (in the way)"
+    assert decide(GPU, AUTO, "bfloat16", HEADS, obstacle=lambda: "in the way").describe() == "replay: off (in the way)"
 
 
 def test_every_row_has_its_sentence_and_the_last_one_matches_all():
     for row in replay.PREFERENCES:
         assert row.reason and row.source
     last = replay.PREFERENCES[-1]
-    assert last.sms is None and last.state_dtypes is None
+    assert all(x is None for x in (last.sms, last.state_dtypes, last.ratios, last.dims, last.triton))
 
 
 SIZES = [("4", 0, 4), ("9", 0, 12), ("16", 4, 16), ("8", 4, 16), ("64", 2, 64), ("4", 6, 24)]
@@ -55,13 +70,13 @@ SIZES = [("4", 0, 4), ("9", 0, 12), ("16", 4, 16), ("8", 4, 16), ("64", 2, 64), 
 
 @pytest.mark.parametrize(("asked", "spec", "slots"), SIZES)
 def test_a_ring_has_room_for_the_drafts(asked, spec, slots):
-    decision = decide(CPU, Request(asked, "x"), "float32", spec)
+    decision = decide(CPU, Request(asked, "x"), "float32", HEADS, spec)
     assert decision.slots == slots >= 2 * spec
     assert decision.describe() == f"replay: on, a ring of {slots} slots (asked for, x)"
 
 
 def test_off_is_off():
-    assert decide(GPU, Request("0", "x"), "float32").describe() == "replay: off (asked for, x)"
+    assert decide(GPU, Request("0", "x"), "float32", HEADS).describe() == "replay: off (asked for, x)"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +90,7 @@ def test_off_is_off():
     ],
 )  # fmt: skip
 def test_a_backend_asked_for_by_name_keeps_its_work(backends, spec, refused):
-    decision = decide(GPU, ON, "float32", spec, backends=backends)
+    decision = decide(GPU, ON, "float32", HEADS, spec, backends=backends)
     assert bool(decision.slots) == (refused is None)
     assert refused is None or decision.why.startswith(refused)
 

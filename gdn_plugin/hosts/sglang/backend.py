@@ -54,15 +54,16 @@ class GdnPluginBackend(GDNAttnBackend):
             log_once(_log, logging.WARNING, f"gdn_plugin: GDN layers are left to SGLang: {reason}")
             return
         state = cache.temporal[0]
+        shape = _shape(cache.conv[0], cache.temporal, model_runner.dtype, pool.enable_mamba_extra_buffer)
         replay = decide(
             probe(state.device.type),
             replay_request(),
-            dtype_name(state.dtype),
+            shape.state_dtype,
+            (shape.num_k_heads, shape.num_v_heads, shape.head_k_dim, shape.head_v_dim),
             obstacle=lambda: "SGLang's pools have no room for a ring",
         )
         if replay.refused:
             log_once(_log, logging.WARNING, f"gdn_plugin: {replay.describe()}")
-        shape = _shape(cache.conv[0], cache.temporal, model_runner.dtype, pool.enable_mamba_extra_buffer)
         self._gdn_core = Core(shape, resolve(shape, tuple(wanted.items()), state.device.type, _log))
         warm_up(self._gdn_core, state.device, _log)
         warm_up_pool(self._gdn_core, state, _log)

@@ -78,6 +78,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             probe(current_platform.device_type),
             replay,
             state_dtype,
+            (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim),
             spec_tokens,
             backends=wanted,
             obstacle=functools.partial(replay_pages.obstacle, vllm_config),

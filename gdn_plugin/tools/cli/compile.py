@@ -143,7 +143,7 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
             raise BadArguments(f"--tp {args.tp}: {layer[name]} heads do not divide by it")
         layer[name] //= args.tp
     drafts = (0, args.speculative + 1) if args.speculative else (0,)
-    slots = {tokens: _ring(args, layer["state_dtype"], tokens) for tokens in drafts}
+    slots = {tokens: _ring(args, layer, tokens) for tokens in drafts}
     return [
         Shape(
             **layer, spec_tokens=tokens, checkpoints=checkpoints, bias_dtype=bias, null_index=0, padding="scratch",
@@ -155,7 +155,7 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
     ]  # fmt: skip
 
 
-def _ring(args: argparse.Namespace, state_dtype: str, spec_tokens: int) -> int:
+def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int) -> int:
     """Slots of a row's ring in an engine, 0 without replay. On a CPU replay is torch's, which compiles nothing."""
     if args.backend == "cpu":
         return 0
@@ -164,7 +164,9 @@ def _ring(args: argparse.Namespace, state_dtype: str, spec_tokens: int) -> int:
     except SettingsError as exc:
         raise BadArguments(str(exc)) from exc
     asked = dict.fromkeys(PHASES, args.backend or "auto")
-    return decide(Platform.simulated(f"sm_{args.sm}"), request, state_dtype, spec_tokens, backends=asked).slots
+    heads = tuple(layer[name] for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"))
+    platform = Platform.simulated(f"sm_{args.sm}")
+    return decide(platform, request, layer["state_dtype"], heads, spec_tokens, backends=asked).slots
 
 
 def _selected(args: argparse.Namespace, shapes: Sequence[Any]) -> tuple[Platform, list[Selection]]:
