@@ -23,7 +23,7 @@ ALL, FEW_BUFFERS = Staging(64, 8, 8), Staging(32, 2, 4)
 STEP = {"fused_decode": fused_decode, "fused_verify": fused_verify, "replay_decode": replay, "replay_verify": replay}
 TABLES: dict[str, Stagings] = {
     "fused_decode": fused_decode.STAGINGS, "fused_verify": fused_verify.STAGINGS,
-    "replay_decode": replay.STAGINGS_DECODE, "replay_verify": replay.STAGINGS_VERIFY,
+    "replay_decode": replay.STAGINGS, "replay_verify": replay.STAGINGS,
 }  # fmt: skip
 DECODES = ("fused_decode", "replay_decode")
 

@@ -229,9 +229,9 @@ TILES = Tiles(
     }
 )
 
-# The same, staged, rows/buffers/warps at B = 8, 64 and 256 of a bf16 state: 64/4/8 6.7, -, -; 32/4/4 -, 56, 211; 32/8/8
-# 7.5, 65, 234. fp32: 32/4/4 8.6, 104, 400. Half-precision states are half the bytes and not half the work, so what is
-# under way matters more; with fp32 the memory is busy either way. 4 warps held to 80 registers: 300.
+# The same, staged, rows/buffers/warps at B = 1, 8, 64 and 256 of a bf16 state: 64/4/4 5.1, 5.9, 54, -; 64/2/4 5.7, 6.7,
+# 54, 205; 64/3/4 -, -, -, 204; 128/1/4 -, -, -, 208. The tiles above in the same runs: 4.2, 8.1, 62, 231. fp32: 32/4/4
+# 8.6, 10.5, 100, 388; 64/2/8 8.8, 11.1, 101, -; the tiles above 4.9, 11.5, 103, 388.
 _HALF = (None, Staging(64, 4, 4), Staging(64, 2, 4))
 STAGINGS = Stagings(
     {

@@ -354,20 +354,12 @@ TILES = Tiles(
     }
 )
 
-# The same, staged, rows/buffers/warps(/registers at most), replay_decode at B = 8, 64, 256: bf16 state 64/2/4 -, -,
-# 144; 32/4/4 11, 46, 153; 32/8/8 11, -, 200; fp32 32/2/4/80 -, -, 249; 32/2/4 -, 73, 255; 32/4/4 13, -, 276.
-# replay_verify 64x4, one token accepted: bf16 32/2/4/128 144, 32/4/4 157, 32/4/8/128 153; fp32 32/3/8/128 168,
-# 32/2/4/128 232; 38 and more at 8x4.
+# The same, staged, rows/buffers/warps, replay_decode at B = 1, 8, 64, 256: bf16 state 64/2/4 4.6, 5.4, 35, 123; 128/1/4
+# -, -, 35, 123; fp32 64/2/4 -, -, 63, 227; 32/2/4 -, 8.7, 63, 229. replay_verify at 1x4, 8x4, 64x4 (one token accepted),
+# 64x6, 64x8: bf16 64/2/4 8.0, 11.7, 51; past four tokens, see `step_options`, 123 and 148; fp32 64/2/4 16, 22, 96;
+# 128/1/8 13, 19, 117. The tiles above in the same runs, 64x4 to 64x8: bf16 193, 259, 328; fp32 208.
 _HALF = (Staging(64, 2, 4), Staging(64, 2, 4), Staging(64, 2, 4))
-STAGINGS_DECODE = Stagings(
-    {
-        (0, 0, 0, ""): (None, None, None),
-        (90, 128, 128, "bfloat16"): _HALF,
-        (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (None, Staging(64, 2, 4), Staging(64, 2, 4)),
-    }
-)
-STAGINGS_VERIFY = Stagings(
+STAGINGS = Stagings(
     {
         (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
@@ -424,8 +416,7 @@ def run(
     }  # fmt: skip
     sequences = batch + int(zero_padding and speculative)  # the last are the tokens past cu_seqlens[-1]
     if config is None and slots <= MOST_SLOTS and most <= MOST_TOKENS:
-        stagings = STAGINGS_VERIFY if speculative else STAGINGS_DECODE
-        config = stagings.staging(state, batch, num_k_heads, (ring_k, ring_u))
+        config = STAGINGS.staging(state, batch, num_k_heads, (ring_k, ring_u))
     if isinstance(config, Staging):
         options = step_options(config, ratio, head_v_dim, most if speculative else 1, ring=True)
         # A matrix product is of 16 slots at least.

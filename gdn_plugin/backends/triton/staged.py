@@ -8,12 +8,17 @@ then goes through them tile by tile, asking for the next where one is done with.
 shared between programs, so there are no tickets; and the norm has a head's whole V.
 
 One kernel serves all four. What the tokens of a step need of the state S_0 that their sequence starts from are its
-products with their k and q, and those are one matrix product a tile, which tensor cores take exactly where the state is
-of the io dtype. The rest goes on vectors (l_t: the sum of g up to token t; updates of a ring come before s):
+products with their k and q, and those are one matrix product a tile. Tensor cores take it exactly where the state is of
+the io dtype, and where it is fp32 and tokens are bf16, as three parts that hold its bits. A ring folds by such a product
+as well. The rest goes on vectors (l_t: the sum of g up to token t; updates of a ring come before s):
 
     S_t k_t = exp(l_t) S_0 k_t + sum_{s<t} exp(l_t - l_s) (k_s . k_t) u_s;    u_t = beta_t (v_t - S_t k_t)
 
 Without a ring the states follow from u, S_t = exp(g_t) S_{t-1} + u_t k_t^T, in a second pass over shared memory.
+
+What bounds it is waiting (ncu on an H100, 256 sequences): with the states of four programs a multiprocessor under way,
+a load behind them waits 5 us and more. So all that goes to registers, the gated norm's z too, is asked for before the
+program's own states, in one batch: 123 us of replay_decode for 140 with the same loads where they are used.
 
 This is Gluon, Triton's own language with layouts said: a Triton program can neither start a copy early and wait late
 outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). Triton's
