@@ -297,7 +297,7 @@ TILES = Tiles(
 )
 
 # The same, staged, rows/buffers/warps, sequences x tokens 1x4, 8x4, 64x2, 64x4, 64x6, 64x8: bf16 state 64/4/4 12, 15.7,
-# 80, 133; 64/2/4 12, 16.4, 82, 138; past four tokens, see `step_options`, 186 and 240. The tiles above in the same runs:
+# 80, 133; 64/2/4 12, 16.4, 82, 138; past four tokens, see `step_options`, 186 and 240. The tiles above in these runs:
 # 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265.
 _HALF = (None, Staging(64, 4, 4), Staging(64, 4, 4))
 STAGINGS = Stagings(

@@ -355,7 +355,7 @@ TILES = Tiles(
 )
 
 # The same, staged, rows/buffers/warps, replay_decode at B = 1, 8, 64, 256: bf16 state 64/2/4 4.6, 5.4, 35, 123; 128/1/4
-# -, -, 35, 123; fp32 64/2/4 -, -, 63, 227; 32/2/4 -, 8.7, 63, 229. replay_verify at 1x4, 8x4, 64x4 (one token accepted),
+# -, -, 35, 123; fp32 64/2/4 -, -, 63, 227; 32/2/4 -, 8.7, 63, 229. replay_verify at 1x4, 8x4, 64x4 (one accepted),
 # 64x6, 64x8: bf16 64/2/4 8.0, 11.7, 51; past four tokens, see `step_options`, 123 and 148; fp32 64/2/4 16, 22, 96;
 # 128/1/8 13, 19, 117. The tiles above in the same runs, 64x4 to 64x8: bf16 193, 259, 328; fp32 208.
 _HALF = (Staging(64, 2, 4), Staging(64, 2, 4), Staging(64, 2, 4))

@@ -9,8 +9,8 @@ shared between programs, so there are no tickets; and the norm has a head's whol
 
 One kernel serves all four. What the tokens of a step need of the state S_0 that their sequence starts from are its
 products with their k and q, and those are one matrix product a tile. Tensor cores take it exactly where the state is of
-the io dtype, and where it is fp32 and tokens are bf16, as three parts that hold its bits. A ring folds by such a product
-as well. The rest goes on vectors (l_t: the sum of g up to token t; updates of a ring come before s):
+the io dtype, and where it is fp32 and tokens are bf16, as three parts that hold its bits. So a ring folds as well. The
+rest goes on vectors (l_t: the sum of g up to token t; updates of a ring come before s):
 
     S_t k_t = exp(l_t) S_0 k_t + sum_{s<t} exp(l_t - l_s) (k_s . k_t) u_s;    u_t = beta_t (v_t - S_t k_t)
 
