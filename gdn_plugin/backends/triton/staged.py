@@ -249,10 +249,10 @@ def fold_by_matrix(
 
 @gluon.jit
 def fold(
-    s_tile, s_rk, s_ru, s_kept, s_weights, fresh, BV: gl.constexpr, K: gl.constexpr, RB: gl.constexpr,
-    TILE: gl.constexpr, SUB: gl.constexpr,
+    s_tile, s_rk, s_ru, s_kept, s_weights, fresh, s_tokens, s_out, BV: gl.constexpr, N: gl.constexpr,
+    RB: gl.constexpr, TILE: gl.constexpr, SUB: gl.constexpr,
 ):  # fmt: skip
-    """The same by sums."""
+    """The same by sums; and s_out [BV, N] = the tile, not yet rounded, times tokens [N, K] transposed."""
     for h in gl.static_range(BV // SUB):
         s_part = s_tile.slice(h * SUB, SUB)
         b_s = s_kept.load(TILE) * gl.where(fresh, 0.0, s_part.load(TILE).to(gl.float32))
@@ -260,6 +260,9 @@ def fold(
             u_j = s_ru.slice(j, 1).slice(h * SUB, SUB, dim=1).permute([1, 0]).load(TILE).to(gl.float32)
             u_j *= s_weights.slice(j, 1, dim=1).load(TILE)
             b_s += u_j * s_rk.slice(j, 1).load(TILE).to(gl.float32)
+        for n in gl.static_range(N):
+            product = gl.sum(b_s * s_tokens.slice(n, 1).load(TILE), axis=1)
+            s_out.slice(h * SUB, SUB).slice(n, 1, dim=1).store(product[:, None])
         s_part.store(b_s.to(s_part.dtype))
 
 
@@ -531,24 +534,27 @@ def staged_kernel(
             barrier()
             s_tile = s_state.index(i % NBUF)
             if folds:
-                # Products are of what is stored then: rounded to the state's dtype.
                 s_update = s_ru.slice(i * BV, BV, dim=1)
                 s_kept_r = s_kept.slice(i // BY_HEAD, 1)
                 s_fold_r = s_fold.slice(i // BY_HEAD, 1)
                 if SPLITS:
+                    # Products are of what is stored then: rounded to the state's dtype, which is no coarser than io's.
                     fold_by_matrix(
                         s_tile, s_rk, s_update, s_kept_r.load(MMA), s_fold_r.load(LEFT), fresh, BV, K,
                         2 if PARTS == 1 else PARTS, num_warps,
                     )  # fmt: skip
                 else:
-                    fold(s_tile, s_rk, s_update, s_kept_r, s_fold_r, fresh, BV, K, RB, TILE, SUB)
+                    fold(
+                        s_tile, s_rk, s_update, s_kept_r, s_fold_r, fresh, s_exact, s_p.slice(i * BV, BV), BV, 2 * L,
+                        RB, TILE, SUB,
+                    )  # fmt: skip
                 barrier()
                 p_new = p_state + row * stride_state + i * (BV * K)
                 for h in gl.static_range(BV // SUB):
                     gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
             if MATRIX:
                 b_products = b_products + (matrix_products(s_tile, s_tokens, BV, K, N, PARTS, num_warps),)
-            else:
+            elif SPLITS or not folds:
                 products(s_tile, s_exact, s_p.slice(i * BV, BV), BV, 2 * L, num_warps)
             if i + NBUF < STEPS:
                 barrier()
