@@ -124,3 +124,19 @@ def test_an_update_that_wiped_the_state(slot, ring):
     for row in wiped.args["state_indices"].long():
         ring_g[row, (span[row, 0, 0] + slot) % ring, 0] = -float("inf")
     check(staged("replay_decode"), wiped)
+
+
+@pytest.mark.parametrize("op", STEP)
+@pytest.mark.parametrize("io,state", [(BF16, BF16), (BF16, FP32), (FP32, FP32)], ids=str)
+def test_a_first_key_that_is_infinite(op, io, state):
+    """Is NaN in one element behind the norm, and spoils all of the state: of a fresh sequence, which is zeros, too."""
+    spoilt = case(op, (2, 1, 2), fresh=(0, 1), io=io, state=state)
+    channel = QWEN.k_heads * QWEN.k_dim + 5
+    for token in (0, 2) if op in DECODES else (0, 2, 3):
+        spoilt.args["mixed_qkv"][token, channel] = spoilt.args["conv_weight"][channel, -1].sign() * float("inf")
+    got = spoilt.arguments()
+    staged(op)(**got)
+    truth = checks.run_reference(spoilt)
+    want = spoilt.results(truth.outputs | truth.pools)
+    for name, x in spoilt.results(got).items():
+        assert torch.equal(x.cpu().isfinite(), want[name].isfinite()), name

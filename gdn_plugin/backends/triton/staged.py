@@ -622,8 +622,16 @@ def staged_kernel(
             g_t = s_g.slice(t * RATIO + r, 1).load(VECTORS)
             left = left + g_t
             decay = gl.exp(left)
-            S_q = decay * gl.where(fresh, 0.0, gl.convert_layout(b_p[2 * t], OF_V)[None, :])
-            S_k = decay * gl.where(fresh, 0.0, gl.convert_layout(b_p[2 * t + 1], OF_V)[None, :])
+            S_q = gl.convert_layout(b_p[2 * t], OF_V)[None, :]
+            S_k = gl.convert_layout(b_p[2 * t + 1], OF_V)[None, :]
+            if VERIFY and not REPLAY:  # a ring's folds have made zeros of a fresh row's tiles
+                zero = 0.0
+                if t == 0:  # later ones meet this one's: NaN where k has it, as zeros times k are
+                    zero *= s_dots.slice(1, 1).slice(1, 1, dim=1).load(VECTORS)
+                S_q = gl.where(fresh, 0.0, S_q)
+                S_k = gl.where(fresh, zero, S_k)
+            S_q *= decay
+            S_k *= decay
             if REPLAY:
                 w_q = s_weights.slice(2 * t * RATIO + r, 1).permute([1, 0]).load(VECTORS)
                 w_k = s_weights.slice((2 * t + 1) * RATIO + r, 1).permute([1, 0]).load(VECTORS)
