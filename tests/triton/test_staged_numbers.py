@@ -140,3 +140,13 @@ def test_a_first_key_that_is_infinite(op, io, state):
     want = spoilt.results(truth.outputs | truth.pools)
     for name, x in spoilt.results(got).items():
         assert torch.equal(x.cpu().isfinite(), want[name].isfinite()), name
+
+
+@pytest.mark.parametrize("io,state", [(FP16, FP16), (BF16, FP16)], ids=str)
+def test_an_update_larger_than_fp16_holds(io, state):
+    """Its product with k need not be: a fold does not make infinity of it."""
+    large = case("replay_decode", (1,), io=io, state=state, ring=8, held=(7,), u_dtype=FP32)
+    row = int(large.args["state_indices"][0])
+    slot = (int(large.pools["ring_span"].view[row, 0, 0]) + 6) % 8
+    large.pools["ring_u"].view[row, slot, 0, 5] = 1e5
+    check(staged("replay_decode"), large)

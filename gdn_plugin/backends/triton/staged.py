@@ -310,7 +310,9 @@ def staged_kernel(
     # Products with a state are exact on tensor cores where it is of the io dtype, or parts of that hold its bits; which
     # is more work than sums are for one token.
     PARTS: gl.constexpr = 1 if STATE == IO else 3
-    SPLITS: gl.constexpr = HALF_IO and (STATE == IO or gl.bfloat16 == IO)
+    # fp16 holds the updates where these are fp16: larger ones would be infinite.
+    UPDATE: gl.constexpr = p_ring_u.dtype.element_ty if REPLAY else IO
+    SPLITS: gl.constexpr = HALF_IO and (gl.bfloat16 == IO or (STATE == IO and UPDATE == IO))
     MATRIX: gl.constexpr = SPLITS and (PARTS == 1 or L > 1)
     VEC: gl.constexpr = 128 // STATE.primitive_bitwidth
     VEC_IO: gl.constexpr = 128 // IO.primitive_bitwidth
@@ -463,7 +465,6 @@ def staged_kernel(
         p_ring_k += row * stride_rk_n + i_hk * K
         p_ring_u += row * stride_ru_n + i_hk * (RATIO * V)
         p_ring_g += row * stride_rg_n + i_hk * RATIO
-        UPDATE: gl.constexpr = p_ring_u.dtype.element_ty
         KEYS: gl.constexpr = gl.BlockedLayout([1, VEC_IO], [32 * VEC_IO // K, K // VEC_IO], [num_warps, 1], [1, 0])
         UPDATES: gl.constexpr = gl.BlockedLayout([1, 128 // UPDATE.primitive_bitwidth], [1, 32], [num_warps, 1], [1, 0])
         SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [RB, 32 // RB], [1, num_warps], [0, 1])
