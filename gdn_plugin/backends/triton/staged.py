@@ -254,10 +254,10 @@ def fold_by_matrix(
 
 @gluon.jit
 def fold(
-    s_tile, s_rk, s_ru, s_kept, s_weights, fresh, BV: gl.constexpr, K: gl.constexpr, RB: gl.constexpr,
-    TILE: gl.constexpr, SUB: gl.constexpr,
+    s_tile, s_rk, s_ru, s_kept, s_weights, fresh, s_tokens, s_out, BV: gl.constexpr, N: gl.constexpr,
+    RB: gl.constexpr, TILE: gl.constexpr, SUB: gl.constexpr,
 ):  # fmt: skip
-    """The same by sums."""
+    """The same by sums; and s_out [BV, N] = the tile, not yet rounded, times tokens [N, K] transposed."""
     for h in gl.static_range(BV // SUB):
         s_part = s_tile.slice(h * SUB, SUB)
         b_s = s_kept.load(TILE) * gl.where(fresh, 0.0, s_part.load(TILE).to(gl.float32))
@@ -265,6 +265,9 @@ def fold(
             u_j = s_ru.slice(j, 1).slice(h * SUB, SUB, dim=1).permute([1, 0]).load(TILE).to(gl.float32)
             u_j *= s_weights.slice(j, 1, dim=1).load(TILE)
             b_s += u_j * s_rk.slice(j, 1).load(TILE).to(gl.float32)
+        for n in gl.static_range(N):
+            product = gl.sum(b_s * s_tokens.slice(n, 1).load(TILE), axis=1)
+            s_out.slice(h * SUB, SUB).slice(n, 1, dim=1).store(product[:, None])
         s_part.store(b_s.to(s_part.dtype))
 
 
@@ -312,7 +315,9 @@ def staged_kernel(
     # Products with a state are exact on tensor cores where it is of the io dtype, or parts of that hold its bits; which
     # is more work than sums are for one token.
     PARTS: gl.constexpr = 1 if STATE == IO else 3
-    SPLITS: gl.constexpr = HALF_IO and (STATE == IO or gl.bfloat16 == IO)
+    # fp16 holds the updates where these are fp16: larger ones would be infinite.
+    UPDATE: gl.constexpr = p_ring_u.dtype.element_ty if REPLAY else IO
+    SPLITS: gl.constexpr = HALF_IO and (gl.bfloat16 == IO or (STATE == IO and UPDATE == IO))
     MATRIX: gl.constexpr = SPLITS and (PARTS == 1 or L > 1)
     VEC: gl.constexpr = 128 // STATE.primitive_bitwidth
     VEC_IO: gl.constexpr = 128 // IO.primitive_bitwidth
@@ -465,7 +470,6 @@ def staged_kernel(
         p_ring_k += row * stride_rk_n + i_hk * K
         p_ring_u += row * stride_ru_n + i_hk * (RATIO * V)
         p_ring_g += row * stride_rg_n + i_hk * RATIO
-        UPDATE: gl.constexpr = p_ring_u.dtype.element_ty
         KEYS: gl.constexpr = gl.BlockedLayout([1, VEC_IO], [32 * VEC_IO // K, K // VEC_IO], [num_warps, 1], [1, 0])
         UPDATES: gl.constexpr = gl.BlockedLayout([1, 128 // UPDATE.primitive_bitwidth], [1, 32], [num_warps, 1], [1, 0])
         SCAN: gl.constexpr = gl.BlockedLayout([1, 1], [RB, 32 // RB], [1, num_warps], [0, 1])
@@ -536,24 +540,27 @@ def staged_kernel(
             barrier()
             s_tile = s_state.index(i % NBUF)
             if folds:
-                # Products are of what is stored then: rounded to the state's dtype.
                 s_update = s_ru.slice(i * BV, BV, dim=1)
                 s_kept_r = s_kept.slice(i // BY_HEAD, 1)
                 s_fold_r = s_fold.slice(i // BY_HEAD, 1)
                 if SPLITS:
+                    # Products are of what is stored then: rounded to the state's dtype, which is no coarser than io's.
                     fold_by_matrix(
                         s_tile, s_rk, s_update, s_kept_r.load(MMA), s_fold_r.load(LEFT), fresh, BV, K,
                         2 if PARTS == 1 else PARTS, num_warps,
                     )  # fmt: skip
                 else:
-                    fold(s_tile, s_rk, s_update, s_kept_r, s_fold_r, fresh, BV, K, RB, TILE, SUB)
+                    fold(
+                        s_tile, s_rk, s_update, s_kept_r, s_fold_r, fresh, s_exact, s_p.slice(i * BV, BV), BV, 2 * L,
+                        RB, TILE, SUB,
+                    )  # fmt: skip
                 barrier()
                 p_new = p_state + row * stride_state + i * (BV * K)
                 for h in gl.static_range(BV // SUB):
                     gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
             if MATRIX:
                 b_products = b_products + (matrix_products(s_tile, s_tokens, BV, K, N, PARTS, num_warps),)
-            else:
+            elif SPLITS or not folds:
                 products(s_tile, s_exact, s_p.slice(i * BV, BV), BV, 2 * L, num_warps)
             if i + NBUF < STEPS:
                 barrier()
@@ -621,8 +628,16 @@ def staged_kernel(
             g_t = s_g.slice(t * RATIO + r, 1).load(VECTORS)
             left = left + g_t
             decay = gl.exp(left)
-            S_q = decay * gl.where(fresh, 0.0, gl.convert_layout(b_p[2 * t], OF_V)[None, :])
-            S_k = decay * gl.where(fresh, 0.0, gl.convert_layout(b_p[2 * t + 1], OF_V)[None, :])
+            S_q = gl.convert_layout(b_p[2 * t], OF_V)[None, :]
+            S_k = gl.convert_layout(b_p[2 * t + 1], OF_V)[None, :]
+            if VERIFY and not REPLAY:  # a ring's folds have made zeros of a fresh row's tiles
+                zero = 0.0
+                if t == 0:  # later ones meet this one's: NaN where k has it, as zeros times k are
+                    zero *= s_dots.slice(1, 1).slice(1, 1, dim=1).load(VECTORS)
+                S_q = gl.where(fresh, 0.0, S_q)
+                S_k = gl.where(fresh, zero, S_k)
+            S_q *= decay
+            S_k *= decay
             if REPLAY:
                 w_q = s_weights.slice(2 * t * RATIO + r, 1).permute([1, 0]).load(VECTORS)
                 w_k = s_weights.slice((2 * t + 1) * RATIO + r, 1).permute([1, 0]).load(VECTORS)
