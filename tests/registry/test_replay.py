@@ -22,6 +22,10 @@ def test_auto_takes_what_an_engine_was_measured_faster_with(heads):
     decision = decide(GPU, AUTO, "bfloat16", heads)
     assert decision.describe().startswith("replay: on, a ring of 16 slots (auto: on SM 90 an engine's decode")
     assert decide(GPU, AUTO, "bfloat16", heads, 6).slots == 24
+    assert decide(GPU, AUTO, "bfloat16", heads, prefix_cache=True).slots == 16
+    both = decide(GPU, AUTO, "bfloat16", heads, 4, prefix_cache=True)
+    assert not both.slots and "not measured with drafts beside a prefix cache" in both.why
+    assert decide(GPU, ON, "bfloat16", heads, 4, prefix_cache=True).slots == 16
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             state_dtype,
             (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim),
             spec_tokens,
+            prefix_cache=align,
             backends=wanted,
             obstacle=functools.partial(replay_pages.obstacle, vllm_config),
         )

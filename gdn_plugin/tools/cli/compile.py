@@ -143,11 +143,10 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
             raise BadArguments(f"--tp {args.tp}: {layer[name]} heads do not divide by it")
         layer[name] //= args.tp
     drafts = (0, args.speculative + 1) if args.speculative else (0,)
-    slots = {tokens: _ring(args, layer, tokens) for tokens in drafts}
     return [
         Shape(
             **layer, spec_tokens=tokens, checkpoints=checkpoints, bias_dtype=bias, null_index=0, padding="scratch",
-            replay=slots[tokens],
+            replay=_ring(args, layer, tokens, checkpoints),
         )
         for bias in dict.fromkeys((layer["dtype"], "float32"))  # of dt_bias: models keep it in either
         for tokens in drafts
@@ -155,7 +154,7 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
     ]  # fmt: skip
 
 
-def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int) -> int:
+def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int, prefix_cache: bool) -> int:
     """Slots of a row's ring in an engine, 0 without replay. On a CPU replay is torch's, which compiles nothing."""
     if args.backend == "cpu":
         return 0
@@ -166,7 +165,9 @@ def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int) -> 
     asked = dict.fromkeys(PHASES, args.backend or "auto")
     heads = tuple(layer[name] for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"))
     platform = Platform.simulated(f"sm_{args.sm}")
-    return decide(platform, request, layer["state_dtype"], heads, spec_tokens, backends=asked).slots
+    return decide(
+        platform, request, layer["state_dtype"], heads, spec_tokens, prefix_cache=prefix_cache, backends=asked
+    ).slots
 
 
 def _selected(args: argparse.Namespace, shapes: Sequence[Any]) -> tuple[Platform, list[Selection]]:
