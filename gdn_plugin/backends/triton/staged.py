@@ -329,9 +329,7 @@ def staged_kernel(
     TILE: gl.constexpr = gl.BlockedLayout([1, VEC], [4, 8], [num_warps, 1], [1, 0])
     TOKENS: gl.constexpr = gl.BlockedLayout([L, 1], [1, 32], [1, num_warps], [1, 0])
     GATES: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [num_warps, 1], [0, 1])
-    VECTORS: gl.constexpr = gl.BlockedLayout(
-        [RB, 1], [1, 32], [1, num_warps], [1, 0]
-    )  # all slots of a ring in a thread
+    VECTORS: gl.constexpr = gl.BlockedLayout([RB, 1], [1, 32], [1, num_warps], [1, 0])
     ROWS: gl.constexpr = gl.BlockedLayout([1, V // 32], [1, 32], [num_warps, 1], [1, 0])
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [num_warps, 1], [16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
