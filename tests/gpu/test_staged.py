@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from gdn_plugin.ops import cases
+from tests.support.checks import check
 from tests.triton import test_staged_numbers as numbers
 from tests.triton.test_staged_numbers import *  # noqa: F403
-from tests.triton.test_staged_numbers import BF16, FP32, QWEN, STEP, TABLES, case, check
+from tests.triton.test_staged_numbers import BF16, FP32, QWEN, STEP, TABLES, case
 
 
 @pytest.fixture(autouse=True)

@@ -45,8 +45,6 @@ def precision(op: str, backend: str | None, io_dtype: torch.dtype, device: str =
     """The tolerance table's column: "io" for who multiplies matrices in the io dtype, as their docstrings say."""
     if backend in ("flashinfer", None):
         return "io"
-    if op in ("replay_decode", "replay_verify") and backend == "triton" and device != "cpu":
-        return "fp32" if io_dtype == torch.float32 else "io"  # its staged kernel
     exact = io_dtype == torch.float32 and device == "cpu"
     return "io" if op == "prefill" and not exact and backend in ("triton", "cpu") else "fp32"
 

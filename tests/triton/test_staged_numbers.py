@@ -14,7 +14,7 @@ from gdn_plugin.backends.triton import fused_decode, fused_verify, replay
 from gdn_plugin.backends.triton.staged import Staging, Stagings
 from gdn_plugin.ops import cases
 from gdn_plugin.ops.cases import Heads
-from tests.support import checks
+from tests.support.checks import check, run_reference
 from tests.support.gluon_on_cpu import gluon_on_cpu
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -41,12 +41,6 @@ def interpreted(monkeypatch):
 
 def staged(op, staging=FEW_BUFFERS):
     return partial(STEP[op].run, config=staging)
-
-
-def check(function, case, **how):
-    """Products with a half-precision state are on tensor cores, and what a fold leaves is rounded before them."""
-    io = case.pools["state"].view.dtype != FP32
-    checks.check(function, case, precision="io" if io else "fp32", **how)
 
 
 def case(op, lens=(3, 1, 4, 0, 2), heads=QWEN, io=BF16, state=BF16, **given):
@@ -136,7 +130,7 @@ def test_a_first_key_that_is_infinite(op, io, state):
         spoilt.args["mixed_qkv"][token, channel] = spoilt.args["conv_weight"][channel, -1].sign() * float("inf")
     got = spoilt.arguments()
     staged(op)(**got)
-    truth = checks.run_reference(spoilt)
+    truth = run_reference(spoilt)
     want = spoilt.results(truth.outputs | truth.pools)
     for name, x in spoilt.results(got).items():
         assert torch.equal(x.cpu().isfinite(), want[name].isfinite()), name

@@ -69,15 +69,11 @@ log_decay, sigmoid, silu, rms_norm_gated = (
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Tiles of `rows` rows of a state, of which `buffers` are under way at a time (at most all), by `num_warps` warps.
-
-    registers: a thread's at most, where the compiler takes more than is good.
-    """
+    """Tiles of `rows` rows of a state, of which `buffers` are under way at a time (at most all); warps a program."""
 
     rows: int
     buffers: int
     num_warps: int
-    registers: int | None = None
 
 
 class Stagings(Table[tuple[Staging | None, Staging | None, Staging | None]]):
@@ -164,6 +160,12 @@ def normalised(x, L: gl.constexpr, K: gl.constexpr):
     y = gl.reshape(x.to(gl.float32), [L, 2, K])
     y = y * gl.rsqrt(gl.sum(y * y, axis=2) + 1e-6)[:, :, None]
     return gl.reshape(y.to(x.dtype), [2 * L, K])
+
+
+@gluon.jit
+def wrapped(slot, slots):
+    """A slot counted past the end of the ring goes on at its beginning."""
+    return gl.where(slot >= slots, slot - slots, slot)
 
 
 @gluon.jit
@@ -463,8 +465,7 @@ def staged_kernel(
         first = gl.where(fresh, 0, first)
         held = gl.where(fresh, 0, held)
         folds = fresh | (held + 2 * most > slots)
-        next_slot = first + held
-        next_slot = gl.where(next_slot >= slots, next_slot - slots, next_slot)
+        next_slot = wrapped(first + held, slots)
         p_ring_k += row * stride_rk_n + i_hk * K
         p_ring_u += row * stride_ru_n + i_hk * (RATIO * V)
         p_ring_g += row * stride_rg_n + i_hk * RATIO
@@ -476,31 +477,26 @@ def staged_kernel(
         s_ru = gl.allocate_shared_memory(UPDATE, [RB, RATIO * V], PLAIN)
         o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, KEYS))[:, None]
         o_n = gl.arange(0, K, layout=gl.SliceLayout(0, KEYS))[None, :]
-        slot = first + o_j
-        slot = gl.where(slot >= slots, slot - slots, slot)
+        slot = wrapped(first + o_j, slots)
         copy_to_shared(s_rk, p_ring_k + slot * (num_k_heads * K) + o_n, mask=(o_j < held) & (o_n >= 0))
         o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, UPDATES))[:, None]
         o_n = gl.arange(0, RATIO * V, layout=gl.SliceLayout(0, UPDATES))[None, :]
-        slot = first + o_j
-        slot = gl.where(slot >= slots, slot - slots, slot)
+        slot = wrapped(first + o_j, slots)
         copy_to_shared(s_ru, p_ring_u + slot * (num_v_heads * V) + o_n, mask=(o_j < held) & (o_n >= 0))
         async_copy.commit_group()
         # Gates of the updates behind each.
         o_j = gl.arange(0, RB, layout=gl.SliceLayout(1, SCAN))[:, None]
         o_n = gl.arange(0, RATIO, layout=gl.SliceLayout(0, SCAN))[None, :]
-        slot = first + o_j + 1
-        slot = gl.where(slot >= slots, slot - slots, slot)
+        slot = wrapped(first + o_j + 1, slots)
         x_rg = gl.load(p_ring_g + slot * num_v_heads + o_n, mask=(o_j + 1 < held) & (o_n >= 0), other=0.0)
         x_oldest = gl.load(p_ring_g + first * num_v_heads + o_n, mask=(held > 0) & (o_n >= 0), other=0.0)
         # What the step's tokens leave there, u aside.
-        slot = next_slot + o_g // RATIO
-        slot = gl.where(slot >= slots, slot - slots, slot)
+        slot = wrapped(next_slot + o_g // RATIO, slots)
         gl.store(p_ring_g + slot * num_v_heads + o_g % RATIO + o_one, g, mask=(o_g // RATIO < length) & (o_one >= 0))
         PAIRS: gl.constexpr = b_qk.type.layout
         o_i = gl.arange(0, 2 * L, layout=gl.SliceLayout(1, PAIRS))[:, None]
         o_n = gl.arange(0, K, layout=gl.SliceLayout(0, PAIRS))[None, :]
-        slot = next_slot + o_i // 2
-        slot = gl.where(slot >= slots, slot - slots, slot)
+        slot = wrapped(next_slot + o_i // 2, slots)
         wanted = (o_i % 2 == 1) & (o_i // 2 < length) & (o_n >= 0)
         gl.store(p_ring_k + slot * (num_k_heads * K) + o_n, b_qk, mask=wanted)
 
@@ -654,8 +650,7 @@ def staged_kernel(
             o = scale * (S_q + s_dots.slice(2 * t + 1, 1).slice(2 * t, 1, dim=1).load(VECTORS) * u)
             s_o.slice(t * RATIO + r, 1).store(o.to(IO))
             if REPLAY:
-                slot_t = next_slot + t
-                slot_t = gl.where(slot_t >= slots, slot_t - slots, slot_t)
+                slot_t = wrapped(next_slot + t, slots)
                 wanted = (o_0 + t < length) & (o_u >= 0)
                 gl.store(p_ring_u + slot_t * (num_v_heads * V) + r * V + o_u + o_0, u.to(UPDATE), mask=wanted)
             else:
@@ -707,8 +702,7 @@ def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool =
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
     if not ring:  # a state that is written is gone through twice, so all of a head's has to be there
         buffers = max(buffers, V // rows)
-    options: dict[str, Any] = {"maxnreg": staging.registers} if staging.registers else {}
-    return options | {
+    return {
         "BV": rows, "NBUF": min(buffers, ratio * V // rows), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
         "num_warps": min(warps, ratio * V // 32),
