@@ -148,6 +148,21 @@ def test_the_committed_model_is_small_and_remembers():
     assert cell.whole >= 98
 
 
+def test_the_reference_takes_nobodys_kernels(tmp_path):
+    """On a machine with FLA transformers would call its kernels, which run on GPUs alone, and are no truth."""
+    (tmp_path / "fla").mkdir()
+    (tmp_path / "fla" / "__init__.py").write_text(
+        "def chunk_gated_delta_rule(*args, **kwargs):\n    raise SystemExit(3)\n"
+    )
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import fla; from pathlib import Path\n"
+        "from gdn_plugin.tools.accuracy import reference, task\n"
+        "prompts = task.held_out_prompts(2, task.TRAINING_LENGTH, pairs=4, seed=5)\n"
+        "reference.Reference(Path(sys.argv[2])).answers(prompts); assert sys.modules['fla'] is fla"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(MODEL)], check=True)
+
+
 def test_the_committed_tokenizer_is_the_tasks_vocabulary():
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     tokenizer = tokenizers.Tokenizer.from_file(str(MODEL / "tokenizer.json"))

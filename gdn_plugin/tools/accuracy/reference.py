@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ import torch
 
 from gdn_plugin.tools.accuracy.task import ANSWER_LENGTH, Prompt
 
+MODELING = "transformers.models.qwen3_next.modeling_qwen3_next"
+FASTER = ("fla", "causal_conv1d")  # kernels for GPUs, and of less than fp32's exactness
 BATCH_TOKENS = 16384
 
 
@@ -21,8 +25,9 @@ class Reference:
     """
 
     def __init__(self, directory: Path) -> None:
-        from transformers import Qwen3NextForCausalLM, logging
+        from transformers import logging
 
+        Qwen3NextForCausalLM = _without(FASTER, MODELING).Qwen3NextForCausalLM
         logging.set_verbosity_error()  # transformers would name the faster packages that it does not find
         logging.disable_progress_bar()
         self._model: Any = Qwen3NextForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
@@ -67,3 +72,16 @@ class Reference:
         logits = self._model(torch.tensor(sequences), use_cache=False, logits_to_keep=ANSWER_LENGTH + 1).logits
         rows = torch.log_softmax(logits[:, :-1].double(), dim=-1).tolist()
         self._known.update(zip(sequences, rows, strict=True))
+
+
+def _without(packages: Sequence[str], module: str) -> Any:
+    """The module, imported as if there were none of the packages: transformers takes them where it finds them."""
+    modules: dict[str, Any] = sys.modules
+    hidden = {name: modules[name] for name in packages if name in modules}
+    modules |= dict.fromkeys(packages)  # None: importing it is an ImportError
+    try:
+        return importlib.import_module(module)
+    finally:
+        for name in packages:
+            del modules[name]
+        modules |= hidden

@@ -15,7 +15,7 @@ import torch
 from gdn_plugin.tools.bench import profile, report, run, timing
 from gdn_plugin.tools.cli.values import as_json, seconds, write
 
-HEADS = ("qwen3-next", "qwen3-next-tp4", "qwen3-next-tp8")
+HEADS = ("qwen3-next", "qwen3-next-tp2", "qwen3-next-tp4", "qwen3-next-tp8")
 PREFILL_MIXES = ("1x2048", "1x8192", "1x32768", "8x1024", "32x256", "ragged")
 DECODE_MIXES = ("1", "8", "64", "256", "512")
 PREFILL = ("triton", "flashinfer", "fla", "flashinfer-as-vllm", "flashinfer-raw")

@@ -15,6 +15,7 @@ SHAPES = {
     name: Heads(k_heads, v_heads, 128, 128)
     for name, k_heads, v_heads in (
         ("qwen3-next", 16, 32),
+        ("qwen3-next-tp2", 8, 16),
         ("qwen3-next-tp4", 4, 8),
         ("qwen3-next-tp8", 2, 4),
         ("qwen3.5-0.8b", 16, 16),
