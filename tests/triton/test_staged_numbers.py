@@ -109,6 +109,22 @@ def test_every_fill_of_a_ring(ring, io, state):
     check(staged("replay_verify"), case("replay_verify", [1 + i % 3 for i in fills], **given))
 
 
+@pytest.mark.parametrize("op", ["replay_decode", "replay_verify"])
+@pytest.mark.parametrize("io,state", [(BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, BF16)], ids=str)
+def test_outputs_do_not_meet_the_rounding_of_a_fold(op, io, state):
+    """A row says the same where its ring, of 8 slots, is full and folds as where there are 16 and it goes on."""
+    said = []
+    for slots in (8, 16):
+        full = case(op, (1,), ring=16, held=(7,), accepted=(1,), fresh=None, slots=1, io=io, state=state)
+        given = full.arguments()
+        given |= {name: given[name][:, :slots] for name in ("ring_k", "ring_u", "ring_g")}
+        staged(op)(**given)
+        said.append(given["out"])
+        row = given["state_indices"].reshape(-1)[0]
+        assert (given["ring_span"][row, :, 1] == (1 if slots == 8 else 8)).all()
+    assert torch.equal(*said)
+
+
 @pytest.mark.parametrize("slot", [0, 3, 6], ids=["oldest", "middle", "newest"])
 @pytest.mark.parametrize("ring", [8, 9, 16], ids=lambda n: f"ring{n}")
 def test_an_update_that_wiped_the_state(slot, ring):

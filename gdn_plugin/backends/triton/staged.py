@@ -256,10 +256,10 @@ def fold_by_matrix(
 
 @gluon.jit
 def fold(
-    s_tile, s_rk, s_ru, s_kept, s_weights, fresh, s_tokens, s_out, BV: gl.constexpr, N: gl.constexpr,
-    RB: gl.constexpr, TILE: gl.constexpr, SUB: gl.constexpr,
+    s_tile, s_rk, s_ru, s_kept, s_weights, fresh, BV: gl.constexpr, RB: gl.constexpr, TILE: gl.constexpr,
+    SUB: gl.constexpr,
 ):  # fmt: skip
-    """The same by sums; and s_out [BV, N] = the tile, not yet rounded, times tokens [N, K] transposed."""
+    """The same by sums."""
     for h in gl.static_range(BV // SUB):
         s_part = s_tile.slice(h * SUB, SUB)
         b_s = s_kept.load(TILE) * gl.where(fresh, 0.0, s_part.load(TILE).to(gl.float32))
@@ -267,9 +267,6 @@ def fold(
             u_j = s_ru.slice(j, 1).slice(h * SUB, SUB, dim=1).permute([1, 0]).load(TILE).to(gl.float32)
             u_j *= s_weights.slice(j, 1, dim=1).load(TILE)
             b_s += u_j * s_rk.slice(j, 1).load(TILE).to(gl.float32)
-        for n in gl.static_range(N):
-            product = gl.sum(b_s * s_tokens.slice(n, 1).load(TILE), axis=1)
-            s_out.slice(h * SUB, SUB).slice(n, 1, dim=1).store(product[:, None])
         s_part.store(b_s.to(s_part.dtype))
 
 
@@ -533,42 +530,37 @@ def staged_kernel(
                 async_copy.wait_group(min(i, STEPS - NBUF) - (i - NBUF) - 1)
             barrier()
             s_tile = s_state.index(i % NBUF)
+            # A fold rounds the state, so products are of what was there before, and outputs do not meet the rounding.
+            if MATRIX:
+                b_products = b_products + (matrix_products(s_tile, s_tokens, BV, K, N, PARTS, num_warps),)
+            else:
+                products(s_tile, s_exact, s_p.slice(i * BV, BV), BV, 2 * L, num_warps)
             if folds:
+                barrier()
                 s_update = s_ru.slice(i * BV, BV, dim=1)
                 s_kept_r = s_kept.slice(i // BY_HEAD, 1)
                 s_fold_r = s_fold.slice(i // BY_HEAD, 1)
                 if SPLITS:
-                    # Products are of what is stored then: rounded to the state's dtype, which is no coarser than io's.
                     fold_by_matrix(
                         s_tile, s_rk, s_update, s_kept_r.load(MMA), s_fold_r.load(LEFT), fresh, BV, K,
                         2 if PARTS == 1 else PARTS, num_warps,
                     )  # fmt: skip
                 else:
-                    fold(
-                        s_tile, s_rk, s_update, s_kept_r, s_fold_r, fresh, s_exact, s_p.slice(i * BV, BV), BV, 2 * L,
-                        RB, TILE, SUB,
-                    )  # fmt: skip
+                    fold(s_tile, s_rk, s_update, s_kept_r, s_fold_r, fresh, BV, RB, TILE, SUB)
                 barrier()
                 p_new = p_state + row * stride_state + i * (BV * K)
                 for h in gl.static_range(BV // SUB):
                     gl.store(p_new + h * SUB * K + o_sub, s_tile.slice(h * SUB, SUB).load(TILE))
-            if MATRIX:
-                b_products = b_products + (matrix_products(s_tile, s_tokens, BV, K, N, PARTS, num_warps),)
-            elif SPLITS or not folds:
-                products(s_tile, s_exact, s_p.slice(i * BV, BV), BV, 2 * L, num_warps)
             if i + NBUF < STEPS:
                 barrier()
                 copy_to_shared(s_tile, p_tile + (i + NBUF) * (BV * K))
                 async_copy.commit_group()
 
-        # The weight of each update in S_n k and S_n q of each token: the updates of a ring that folds have none.
+        # The weight of each update in S_n k and S_n q of each token.
         s_weights = gl.allocate_shared_memory(gl.float32, [2 * L * RATIO, RB], PLAIN)
         s_rdots = gl.allocate_shared_memory(gl.float32, [RB, N], PLAIN)
         s_left = gl.allocate_shared_memory(gl.float32, [RATIO, 1], PLAIN)
         behind, left = ring_decays(x_rg, x_oldest, o_j)
-        if folds:
-            behind = behind + float("-inf")
-            left = gl.zeros_like(left)
         s_left.permute([1, 0]).store(left)
         async_copy.wait_group(0)
         barrier()
@@ -624,7 +616,7 @@ def staged_kernel(
             decay = gl.exp(left)
             S_q = gl.convert_layout(b_p[2 * t], OF_V)[None, :]
             S_k = gl.convert_layout(b_p[2 * t + 1], OF_V)[None, :]
-            if VERIFY and not REPLAY:  # a ring's folds have made zeros of a fresh row's tiles
+            if VERIFY:
                 zero = 0.0
                 if t == 0:  # later ones meet this one's: NaN where k has it, as zeros times k are
                     zero *= s_dots.slice(1, 1).slice(1, 1, dim=1).load(VECTORS)
@@ -702,8 +694,11 @@ def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool =
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
     if not ring:  # a state that is written is gone through twice, so all of a head's has to be there
         buffers = max(buffers, V // rows)
-    return {
+    options = {
         "BV": rows, "NBUF": min(buffers, ratio * V // rows), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
         "num_warps": min(warps, ratio * V // 32),
     }  # fmt: skip
+    if ring and tokens == 1:
+        options["maxnreg"] = 128  # so that as many programs fit a multiprocessor as its shared memory has room for
+    return options
