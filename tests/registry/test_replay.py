@@ -17,25 +17,26 @@ AUTO = Request("auto", "default")
 OLDER = dataclasses.replace(GPU, packages=GPU.packages | {"triton": "3.5.1"})
 
 
+@pytest.mark.parametrize("state", ["bfloat16", "float32"])
 @pytest.mark.parametrize("heads", [(16, 16, 128, 128), HEADS, (8, 16, 128, 128), (16, 64, 128, 128)])
-def test_auto_takes_what_an_engine_was_measured_faster_with(heads):
-    decision = decide(GPU, AUTO, "bfloat16", heads)
+def test_auto_takes_what_an_engine_was_measured_faster_with(heads, state):
+    decision = decide(GPU, AUTO, state, heads)
     assert decision.describe().startswith("replay: on, a ring of 16 slots (auto: on SM 90 an engine's decode")
-    assert decide(GPU, AUTO, "bfloat16", heads, 6).slots == 24
-    assert decide(GPU, AUTO, "bfloat16", heads, prefix_cache=True).slots == 16
-    both = decide(GPU, AUTO, "bfloat16", heads, 4, prefix_cache=True)
+    assert decide(GPU, AUTO, state, heads, 6).slots == 24
+    assert decide(GPU, AUTO, state, heads, prefix_cache=True).slots == 16
+    both = decide(GPU, AUTO, state, heads, 4, prefix_cache=True)
     assert not both.slots and "not measured with drafts beside a prefix cache" in both.why
-    assert decide(GPU, ON, "bfloat16", heads, 4, prefix_cache=True).slots == 16
+    assert decide(GPU, ON, state, heads, 4, prefix_cache=True).slots == 16
 
 
 @pytest.mark.parametrize(
     ("platform", "state", "heads", "why"),
     [
-        (GPU, "float32", HEADS, "no GPU engine has served so yet; GDN_PLUGIN_REPLAY=16 asks for it)"),
         (GPU, "float16", HEADS, "not measured on this machine)"),
-        (GPU, "bfloat16", (16, 48, 128, 128), "not measured on this machine)"),
+        (GPU, "float32", (16, 48, 128, 128), "not measured on this machine)"),
         (GPU, "bfloat16", (16, 32, 64, 64), "not measured on this machine)"),
         (OLDER, "bfloat16", HEADS, "not measured on this machine)"),
+        (OLDER, "float32", HEADS, "not measured on this machine)"),
         (Platform.simulated("sm_100"), "float32", HEADS, "not measured on this machine)"),
         (CPU, "bfloat16", HEADS, "not measured on this machine)"),
     ],
