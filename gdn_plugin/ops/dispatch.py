@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from operator import index
@@ -71,10 +71,7 @@ def resolve(
     platform = _platform(device)
 
     def pick(excluded: Mapping[str, Mapping[str, str]]) -> Selection:
-        selection = select(platform, problems, wanted, excluded=excluded)
-        if compile_ahead:
-            ahead.compile_ahead(selection.reached(), platform)
-        return selection
+        return select(platform, problems, wanted, excluded=excluded)
 
     return _working(platform, pick, ready=compile_ahead)
 
@@ -103,13 +100,18 @@ def _working(
     while True:
         selection = pick(excluded)
         works = True
-        for choice in selection.reached() if ready else selection.choices.values():
-            trouble = _trouble(choice, platform, ready)
-            if trouble is not None:
-                excluded.setdefault(choice.problem.op, {})[choice.name] = trouble
-                works = False
+        with contextlib.closing(_in_turn(selection, ready)) as choices:
+            for choice in choices:
+                trouble = _trouble(choice, platform, ready)
+                if trouble is not None:
+                    excluded.setdefault(choice.problem.op, {})[choice.name] = trouble
+                    works = False
         if works:
             return selection
+
+
+def _in_turn(selection: Selection, ready: bool) -> Generator[Choice]:
+    yield from ahead.in_turn(selection.reached(), selection.platform) if ready else selection.choices.values()
 
 
 def _trouble(choice: Choice, platform: Platform, get_ready: bool = False) -> str | None:
@@ -139,21 +141,20 @@ def _trouble(choice: Choice, platform: Platform, get_ready: bool = False) -> str
 
 
 def _bring_in(ready: BackendOp, platform: Platform, problem: Problem) -> None:
-    """Load what was compiled ahead at once: until it warms up, a host may change where compilers look.
+    """Load what was compiled ahead, and compile what others cannot, at once.
 
-    vLLM sets TRITON_CACHE_DIR when it compiles its model. In a thread of its own: the caller's default device is not
-    the kernels'.
+    Until it warms up, a host may change where compilers look: vLLM sets TRITON_CACHE_DIR when it compiles its model.
+    In a thread of its own: the caller's default device is not the kernels'.
     """
     gpu = torch.cuda.current_device()
 
-    def compile_kept() -> None:
+    def compile_all() -> None:
         torch.cuda.set_device(gpu)
         for variant in ready.variants(platform, problem):
-            if variant.kept:
-                variant.compile()
+            variant.compile()
 
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(compile_kept).result()
+        thread.submit(compile_all).result()
 
 
 def backend_op(op: str, backend: str) -> BackendOp:

@@ -1,0 +1,308 @@
+"""A real vLLM on the GPUs that are here, tiny models with weights of their own: whatever the mode, answers are stock's.
+
+Engines stand side by side on one GPU (`pytest -n 6`): each has a cache of its own size and asks for no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+from tests.host.checkpoints import write_adapter
+from tests.host.engines import (
+    BF16_LIMIT,
+    PLUGIN,
+    STOCK,
+    TinyConfig,
+    needs_vllm,
+    repeated,
+    run_engine,
+    tokens,
+    write_tiny_qwen3_next,
+)
+from tests.host.server import ask as ask_server
+from tests.host.server import serve
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow, needs_vllm]
+
+needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU here, and this takes two")
+
+LLM: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "max_model_len": 2048,
+    "max_num_batched_tokens": 1024,  # below the longest prompts, so that prefill is cut into pieces
+    "max_num_seqs": 64,
+    "enable_prefix_caching": False,
+    "skip_tokenizer_init": True,
+    "kv_cache_memory_bytes": 2 << 30,
+}
+# What is tested is the layer; and NVLink multicast is not everybody's to use.
+OVER_NCCL = {"NCCL_NVLS_ENABLE": "0", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0", "VLLM_ALLREDUCE_USE_FLASHINFER": "0"}
+KINDS = {"plugin": {"GDN_PLUGIN_REPLAY": "0"}, "replay": {"GDN_PLUGIN_REPLAY": "16"}}
+PROMPTS = [tokens(n, n) for n in (1, 2, 5, 63, 64, 65, 200, 511, 1300)]
+PROMPTS += [[*PROMPTS[-1][:1024], 9, 8, 7], PROMPTS[-2][:300], repeated(150, 7, 1), repeated(64, 11, 2)]
+# All at once, all once more (for a prefix cache), and as many as no graph was captured for.
+ROUNDS = [PROMPTS, PROMPTS, [tokens(20 + i, 100 + i) for i in range(33)]]
+NEW = 32
+HOST = Path(__file__).parents[1] / "host"
+
+
+def drafts(method: str, count: int = 3) -> dict[str, Any]:
+    lookup = {"prompt_lookup_min": 1, "prompt_lookup_max": 3} if method == "ngram" else {}
+    speculation = {"method": method, "num_speculative_tokens": count} | lookup
+    return {"speculative_config": speculation, "disable_log_stats": False}
+
+
+MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "graphs": ({}, {}),
+    "eager": ({"enforce_eager": True}, {}),
+    "piecewise": ({"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, {}),
+    "cache": ({"enable_prefix_caching": True}, {}),
+    "first-runner": ({}, {"VLLM_USE_V2_MODEL_RUNNER": "0"}),
+    "fp32-states": ({"mamba_ssm_cache_dtype": "float32"}, {}),
+    "ngram": (drafts("ngram"), {}),
+    "ngram-cache": (drafts("ngram") | {"enable_prefix_caching": True}, {}),
+    "mtp": (drafts("mtp"), {}),
+    "mtp-cache": (drafts("mtp") | {"enable_prefix_caching": True}, {}),
+    "mtp-fp32-states": (drafts("mtp") | {"mamba_ssm_cache_dtype": "float32"}, {}),
+}
+BOTH_LAYOUTS = ("graphs", "cache", "mtp-cache")
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all of pytest's processes."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def model(shared: Path):
+    """By layout: Qwen3.5's ("flat"), or Qwen3-Next's ("interleaved"), which has experts."""
+
+    @functools.cache
+    def write(layout: str) -> str:
+        with FileLock(shared / f"{layout}.lock"):
+            return str(write_tiny_qwen3_next(shared / layout, TinyConfig(flat=layout == "flat")))
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def ask(shared: Path, model):
+    """ask(layout, environment, ...) -> (result, log) of an engine, started once for all who ask the same."""
+
+    def ask(
+        layout: str, environment: dict[str, str], *, gpus: int = 1, script: Path | None = None,
+        rounds: list[list[list[int]]] = ROUNDS, new: int = NEW, adapters: list[str | None] | None = None, **llm: Any,
+    ) -> tuple[dict[str, Any], str]:  # fmt: skip
+        job = {"llm": {"model": model(layout), **LLM, **llm}, "rounds": rounds, "max_tokens": new, "logprobs": True}
+        job["adapters"] = adapters
+        name = hashlib.sha256(json.dumps([job, environment, str(script)], sort_keys=True).encode()).hexdigest()[:16]
+        result_file, log_file = (shared / f"{name}.{kind}" for kind in ("result.json", "log"))
+        with FileLock(shared / f"{name}.lock"):
+            if not log_file.exists():
+                run_engine.run_in_subprocess(job, shared, name, environment=seen(gpus) | environment, script=script)
+        log = log_file.read_text(errors="replace")
+        assert result_file.exists(), log[-4000:]
+        return json.loads(result_file.read_text()), log
+
+    return ask
+
+
+def seen(gpus: int) -> dict[str, str]:
+    """The GPUs that an engine of this process sees: one of those that are here, by turns, or the first ones."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    first = 0 if gpus > 1 else worker % max(1, torch.cuda.device_count())
+    return {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(gpus))}
+
+
+def agree(ours: dict[str, Any], stock: dict[str, Any]) -> None:
+    """Log-probabilities are stock's as far as tokens are, and most tokens are."""
+    gaps: list[float] = []
+    same = total = 0
+    for a_round, b_round in zip(stock["rounds"], ours["rounds"], strict=True):
+        for a, b in zip(a_round, b_round, strict=True):
+            assert all(map(math.isfinite, b["logprobs"]))
+            pairs = list(zip(a["tokens"], b["tokens"], strict=True))
+            until = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+            # The token at which two answers part is a near tie, so as likely in one as the other's is there.
+            gaps += [abs(x - y) for x, y in zip(a["logprobs"][: until + 1], b["logprobs"][: until + 1], strict=True)]
+            same, total = same + until, total + len(pairs)
+    assert sum(gaps) / len(gaps) < BF16_LIMIT
+    assert same > 0.85 * total, f"{same} of {total} tokens before answers part"
+
+
+def served(result: dict[str, Any], log: str, kind: str) -> None:
+    assert set(result["layers"]) == {PLUGIN}
+    assert ("gdn_plugin: replay: on" in log) == (kind == "replay")
+    if "speculation" in result:
+        assert 0 < result["speculation"]["accepted"] < result["speculation"]["drafted"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("layout", "mode"), [*(("flat", mode) for mode in MODES), *(("interleaved", mode) for mode in BOTH_LAYOUTS)]
+)
+def test_answers_are_stocks(ask, layout: str, mode: str, kind: str) -> None:
+    stock, _ = ask(layout, STOCK)
+    assert PLUGIN not in stock["layers"]
+    llm, environment = MODES[mode]
+    ours, log = ask(layout, environment | KINDS[kind], **llm)
+    served(ours, log, kind)
+    agree(ours, stock)
+    if llm.get("enable_prefix_caching"):
+        assert sum(answer["cached_tokens"] for answer in ours["rounds"][1]) > 1000
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_preempted_requests_begin_again(ask, kind: str) -> None:
+    """Each outgrows its block of attention while others have taken the rest."""
+    spy = HOST / "spy_engine.py"
+    given = {"rounds": [[tokens(120, 50 + i) for i in range(12)]], "new": 120}
+    stock, _ = ask("flat", STOCK, **given)
+    ours, log = ask("flat", KINDS[kind], script=spy, num_gpu_blocks_override=40, **given)
+    served(ours, log, kind)
+    assert ours["seen"]["preempted"] > 0
+    agree(ours, stock)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_is_stocks(ask, model, shared: Path, kind: str) -> None:
+    with FileLock(shared / "adapter.lock"):
+        adapter = shared / "adapter"
+        if not adapter.exists():
+            write_adapter(Path(model("flat")), adapter)
+    given: dict[str, Any] = {"rounds": [PROMPTS, PROMPTS], "adapters": [str(adapter), None]}
+    given |= {"enable_lora": True, "max_lora_rank": 8}
+    stock, _ = ask("flat", STOCK, **given)
+    ours, log = ask("flat", KINDS[kind], **given)
+    served(ours, log, kind)
+    agree(ours, stock)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_projections_are_stocks(ask, kind: str) -> None:
+    stock, _ = ask("flat", STOCK, quantization="fp8")
+    ours, log = ask("flat", KINDS[kind], quantization="fp8")
+    served(ours, log, kind)
+    agree(ours, stock)
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind", "cache", "method", "runner", "eager"),
+    [
+        ("interleaved", "plugin", False, "mtp", "1", False),
+        ("flat", "replay", True, "mtp", "1", False),
+        ("interleaved", "plugin", True, "ngram", "0", False),
+        ("flat", "replay", True, "mtp", "0", False),
+        ("flat", "plugin", False, "mtp", "1", True),
+    ],
+)
+def test_short_prompts_in_recycled_blocks(
+    model, tmp_path: Path, layout: str, kind: str, cache: bool, method: str, runner: str, eager: bool
+) -> None:
+    """NaN in every block that is handed out, as in tests/host/test_poison.py; what others leave changes nothing."""
+    llm = {**LLM, **drafts(method), "model": model(layout), "max_num_seqs": 2, "enable_prefix_caching": cache}
+    llm["enforce_eager"] = eager
+    prompts, company = [[7], [7, 8], [7, 8, 9], [42], [5, 5]], [[3] * 40, [9] * 20, tokens(60, 12), repeated(50, 7, 13)]
+    primed = [tokens(1100, 11)] * cache
+    job = {"llm": llm, "prompts": prompts + primed, "company": company, "prime": primed}
+    script = HOST / "poison_engine.py"
+    given = seen(1) | {"VLLM_USE_V2_MODEL_RUNNER": runner} | KINDS[kind]
+    result, log = run_engine.run_in_subprocess(job, tmp_path, "poison", environment=given, script=script)
+    assert result is not None, log[-4000:]
+    assert result["seen"]["poisoned"] > 0
+    for alone, companies in zip(result["alone"], result["in company"], strict=True):
+        for said in (alone, *companies):
+            assert all(map(math.isfinite, said["logprobs"]))
+            assert said["tokens"] == alone["tokens"]
+            # Other batches round otherwise: 0.03. With somebody else's state: above 1.
+            assert said["logprobs"] == pytest.approx(alone["logprobs"], abs=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_change_are_used(model, tmp_path: Path, kind: str) -> None:
+    job = {"llm": {**LLM, "model": model("flat")}, "prompts": PROMPTS[2:7], "factor": 1.5, "reload": [model("flat")]}
+    script = HOST / "weights_engine.py"
+    result, log = run_engine.run_in_subprocess(
+        job, tmp_path, "weights", environment=seen(1) | KINDS[kind], script=script
+    )
+    assert result is not None, log[-4000:]
+    assert result["layers"] == 3
+
+    def first(said: list[dict[str, Any]]) -> list[float]:
+        return [one["logprobs"][0] for one in said]
+
+    assert first(result["scaled"]) != pytest.approx(first(result["loaded"]), abs=0.1)
+    assert first(result["reloaded"][0]) == pytest.approx(first(result["loaded"]), abs=1e-6)
+
+
+TWO = {
+    "tensor": {"tensor_parallel_size": 2},
+    "tensor-cache": {"tensor_parallel_size": 2, "enable_prefix_caching": True},
+    "tensor-mtp": {"tensor_parallel_size": 2, **drafts("mtp")},
+    "tensor-fp32-states": {"tensor_parallel_size": 2, "mamba_ssm_cache_dtype": "float32"},
+}
+
+
+@needs_two
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("layout", "mode"), [*(("flat", mode) for mode in TWO), ("interleaved", "tensor"), ("interleaved", "tensor-mtp")]
+)
+def test_two_ranks_are_one(ask, layout: str, mode: str, kind: str) -> None:
+    stock, _ = ask(layout, STOCK)
+    ours, log = ask(layout, OVER_NCCL | KINDS[kind], gpus=2, disable_custom_all_reduce=True, **TWO[mode])
+    served(ours, log, kind)
+    # Both ranks say the same, line for line, and one of them compiles.
+    said = re.findall(r"(Worker\w*?TP\d).*gdn_plugin: ((?:prefill|decode|fused_\w+|replay\w*|gated_norm): .*)", log)
+    ranks = {rank: [line for who, line in said if who == rank] for rank, _ in said}
+    assert len(ranks) == 2 and len({tuple(lines) for lines in ranks.values()}) == 1, ranks
+    agree(ours, stock)
+
+
+@needs_two
+def test_two_stages_are_one(ask) -> None:
+    """Replay has none: see docs/replay.md."""
+    stock, _ = ask("flat", STOCK)
+    given = {"pipeline_parallel_size": 2, "disable_custom_all_reduce": True}
+    ours, _ = ask("flat", OVER_NCCL | KINDS["plugin"], gpus=2, **given)
+    assert set(ours["layers"]) == {PLUGIN}
+    agree(ours, stock)
+
+
+@needs_two
+def test_two_engines_behind_one_server_are_one(ask, model, tmp_path: Path) -> None:
+    openai = pytest.importorskip("openai", reason="the openai client is not installed")
+    stock, _ = ask("flat", STOCK)
+    arguments = [
+        *("--data-parallel-size", "2", "--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "64"),
+        *("--no-enable-prefix-caching", "--kv-cache-memory-bytes", str(2 << 30)),
+    ]
+    with serve(Path(model("flat")), tmp_path, *arguments, environment=seen(2) | OVER_NCCL | KINDS["plugin"]) as server:
+        client = openai.AsyncOpenAI(base_url=server.url("/v1"), api_key="none", max_retries=0)
+
+        async def everybody() -> list[list[int] | None]:
+            return await asyncio.gather(*(ask_server(client, prompt, NEW) for prompt in PROMPTS))
+
+        said = asyncio.run(everybody())
+        assert server.log().count("gdn_plugin: prefill: ") == 2  # one line an engine
+    same = total = 0
+    for ours, theirs in zip(said, stock["rounds"][0], strict=True):
+        assert ours is not None
+        pairs = list(zip(ours, theirs["tokens"], strict=True))
+        same += next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
+        total += len(pairs)
+    assert same > 0.85 * total, f"{same} of {total} tokens before answers part"
