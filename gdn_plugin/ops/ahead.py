@@ -15,7 +15,7 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ Job = tuple[str, Problem, str]
 
 @dataclass(slots=True)
 class Totals:
-    """What this process has had compiled ahead: kernels made, and found in a cache; in seconds."""
+    """What this process has had compiled ahead: kernels made, and found in a cache; seconds that it waited for them."""
 
     made: int = 0
     found: int = 0
@@ -66,22 +66,34 @@ def in_turn(choices: Iterable[Choice], platform: Platform, processes: int | None
             nothing is compiled: this process can then do so as well itself.
     """
     choices = list(choices)
-    if platform.device != "cuda":
-        yield from choices
-        return
-    # Listed in a thread of its own: the caller's default device and grad mode are the caller's thread's.
-    with ThreadPoolExecutor(1) as thread:
-        listed = list(thread.map(lambda choice: jobs_of([choice], platform), choices))
-    new = dict.fromkeys(job for jobs in listed for job in jobs if job not in _asked)
-    _asked.update(new)
-    steps = _compile_ahead(list(new), platform, processes)
+    listed = _listed(choices, platform)
+    new = [job for job in dict.fromkeys(job for jobs in listed for job in jobs) if job not in _asked]
+    steps = _compile_ahead(new, platform, processes)
     with contextlib.closing(steps):  # nobody compiles for a caller that is gone
         for by_others in (False, True):
             try:
                 next(steps, None)
             except Exception as exc:  # a full disk, no memory: compiled in this process, one after the other
-                _log.warning("gdn_plugin: kernels are compiled in this process: %s: %s", type(exc).__name__, exc)
+                _say_why(exc)
+            if by_others:
+                _asked.update(new)
             yield from (choice for choice, jobs in zip(choices, listed, strict=True) if bool(jobs) == by_others)
+
+
+def _listed(choices: Sequence[Choice], platform: Platform) -> list[list[Job]]:
+    """Of each choice what other processes can compile."""
+    if platform.device == "cuda":
+        try:
+            # In a thread of its own: the caller's default device and grad mode are the caller's thread's.
+            with ThreadPoolExecutor(1) as thread:
+                return list(thread.map(lambda choice: jobs_of([choice], platform), choices))
+        except Exception as exc:  # no more threads
+            _say_why(exc)
+    return [[] for _ in choices]
+
+
+def _say_why(exc: Exception) -> None:
+    _log.warning("gdn_plugin: kernels are compiled in this process: %s: %s", type(exc).__name__, exc)
 
 
 def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -> Generator[None]:
@@ -92,13 +104,12 @@ def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -
         return
     # As they are now: what is imported while others compile may add to the environment.
     name, environment = _name(jobs, platform), _environment()
-    waited = False
+    stopped = False
     with contextlib.ExitStack() as stack:
         try:
             kept = stack.enter_context(_alone(name, timeout=0.0))
-        except Timeout:
-            yield  # somebody compiles the same
-            waited = True
+        except Timeout:  # somebody compiles the same
+            stopped, began = yield from _stop(began)
             kept = stack.enter_context(_alone(name))
         found = _found(name)
         if found is not None:
@@ -106,8 +117,8 @@ def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -
             totals.seconds += time.perf_counter() - began
             return
         rows_of = stack.enter_context(_compiling(platform, count, jobs, environment))
-        if not waited:
-            yield
+        if not stopped:
+            stopped, began = yield from _stop(began)
         rows = rows_of()
         good = [row for row in rows if not row["error"]]
         # What failed is not tried again: this process compiles it into the same cache.
@@ -118,13 +129,20 @@ def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -
     totals.made += made
     totals.found += len(good) - made
     totals.seconds += seconds
-    _log.info("gdn_plugin: %d kernels compiled by %d processes in %.1f s, %d found in the cache",
+    _log.info("gdn_plugin: %d kernels compiled by %d processes, awaited for %.1f s, %d found in the cache",
               made, count, seconds, len(good) - made)  # fmt: skip
     for row in rows:
         if row["error"]:
             _log.warning("gdn_plugin: %s was not compiled ahead: %s", row["name"], row["error"])
     if len(rows) < len(jobs):
         _log.warning("gdn_plugin: %d kernels were not compiled ahead and are in this process", len(jobs) - len(rows))
+
+
+def _stop(began: float) -> Generator[None, None, tuple[bool, float]]:
+    """Stops; (True, when it began less the time that passed meanwhile, which was the caller's)."""
+    stopped = time.perf_counter()
+    yield
+    return True, began + time.perf_counter() - stopped
 
 
 def jobs_of(choices: Iterable[Choice], platform: Platform) -> list[Job]:

@@ -26,7 +26,7 @@ class Preference:
         reason: the sentence that auto gives.
         source: the measurement.
         sms: architectures it stands for; None = all, and CPUs.
-        state_dtypes: of the pool, by name; None = any.
+        dtypes: of tokens and of the pool, by name; None = any.
         ratios, dims: value heads a key head, and (K, V), that its kernels are for; None = any.
         triton: the version that they want at least.
         drafts_with_cache: whether a layer has drafts beside a prefix cache; None = either.
@@ -36,20 +36,20 @@ class Preference:
     reason: str
     source: str
     sms: tuple[int, ...] | None = None
-    state_dtypes: tuple[str, ...] | None = None
+    dtypes: tuple[str, str] | None = None
     ratios: tuple[int, ...] | None = None
     dims: tuple[int, int] | None = None
     triton: str | None = None
     drafts_with_cache: bool | None = None
 
     def matches(
-        self, platform: Platform, state_dtype: str, heads: tuple[int, int, int, int], drafts_with_cache: bool
+        self, platform: Platform, dtypes: tuple[str, str], heads: tuple[int, int, int, int], drafts_with_cache: bool
     ) -> bool:
         num_k_heads, num_v_heads, *dims = heads
         installed = platform.packages.get("triton", "0")
         return (
             (self.sms is None or platform.sm in self.sms)
-            and (self.state_dtypes is None or state_dtype in self.state_dtypes)
+            and (self.dtypes is None or self.dtypes == dtypes)
             and (self.ratios is None or num_v_heads / num_k_heads in self.ratios)
             and (self.dims is None or self.dims == tuple(dims))
             and (self.triton is None or Version(installed) >= Version(self.triton))
@@ -74,7 +74,7 @@ PREFERENCES: tuple[Preference, ...] = (
         "sequences with 3 drafts 1.40, 1.42, 1.13; prefill 1.77, 1.69, 1.68. A layer's step: 200, 195, 122 us; 12, "
         "8.3, 7.3; 144, 135, 49",
         sms=(90,),
-        state_dtypes=("bfloat16",),
+        dtypes=("bfloat16", "bfloat16"),
         ratios=(1, 2, 4),
         dims=(128, 128),
         triton="3.6",
@@ -87,7 +87,7 @@ PREFERENCES: tuple[Preference, ...] = (
         "64 sequences with 3 drafts 1.41, 1.14; prefill 1.69, 1.66. A layer's step: 286, 173 us; 16.8, 9.7; 199, 96. "
         "Without replay decode is level with stock (one H100: 4.77 s of 4.66), fused_decode 388 us, with it 227",
         sms=(90,),
-        state_dtypes=("float32",),
+        dtypes=("bfloat16", "float32"),
         ratios=(1, 2, 4),
         dims=(128, 128),
         triton="3.6",
@@ -121,7 +121,7 @@ class Replay:
 def decide(
     platform: Platform,
     request: Request,
-    state_dtype: str,
+    dtypes: tuple[str, str],
     heads: tuple[int, int, int, int],
     spec_tokens: int = 0,
     *,
@@ -133,6 +133,7 @@ def decide(
 
     Args:
         request: for replay, see `requests.replay_request`.
+        dtypes: of a layer's tokens and of its states, by name.
         heads: of a layer: (Hk, Hv, K, V).
         spec_tokens: most tokens that a speculative row brings; 0 without speculation. A ring has room for four steps.
         prefix_cache: whether states are kept for it.
@@ -143,7 +144,7 @@ def decide(
         return Replay(0, f"asked for, {request.source}")
     if request.value == "auto":
         both = bool(spec_tokens) and prefix_cache
-        row = next(row for row in PREFERENCES if row.matches(platform, state_dtype, heads, both))
+        row = next(row for row in PREFERENCES if row.matches(platform, dtypes, heads, both))
         slots, why = row.slots, row.reason
     else:
         slots, why = int(request.value), f"asked for, {request.source}"

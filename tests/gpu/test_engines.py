@@ -19,7 +19,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tests.host.checkpoints import write_adapter
 from tests.host.engines import (
     BF16_LIMIT,
     PLUGIN,
@@ -78,6 +77,8 @@ MODES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "mtp-fp32-states": (drafts("mtp") | {"mamba_ssm_cache_dtype": "float32"}, {}),
 }
 BOTH_LAYOUTS = ("graphs", "cache", "mtp-cache")
+# Qwen3.5's, Qwen3-Next's (which has experts), and one with an attention layer in each half, as the host wants it.
+LAYOUTS = {"flat": TinyConfig(flat=True), "interleaved": TinyConfig(), "eight": TinyConfig(flat=True, layers=8)}
 
 
 @pytest.fixture(scope="session")
@@ -89,12 +90,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(shared: Path):
-    """By layout: Qwen3.5's ("flat"), or Qwen3-Next's ("interleaved"), which has experts."""
+    """By layout."""
 
     @functools.cache
     def write(layout: str) -> str:
         with FileLock(shared / f"{layout}.lock"):
-            return str(write_tiny_qwen3_next(shared / layout, TinyConfig(flat=layout == "flat")))
+            return str(write_tiny_qwen3_next(shared / layout, LAYOUTS[layout]))
 
     return write
 
@@ -123,25 +124,43 @@ def ask(shared: Path, model):
 
 def seen(gpus: int) -> dict[str, str]:
     """The GPUs that an engine of this process sees: one of those that are here, by turns, or the first ones."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
-    first = 0 if gpus > 1 else worker % max(1, torch.cuda.device_count())
-    return {"CUDA_VISIBLE_DEVICES": ",".join(str(first + i) for i in range(gpus))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    here = visible.split(",")
+    first = 0 if gpus > 1 else int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]) % len(here)
+    return {"CUDA_VISIBLE_DEVICES": ",".join(here[first : first + gpus])}
 
 
 def agree(ours: dict[str, Any], stock: dict[str, Any]) -> None:
-    """Log-probabilities are stock's as far as tokens are, and most tokens are."""
+    """Log-probabilities are stock's as far as tokens are, and answers seldom part."""
     gaps: list[float] = []
-    same = total = 0
     for a_round, b_round in zip(stock["rounds"], ours["rounds"], strict=True):
         for a, b in zip(a_round, b_round, strict=True):
             assert all(map(math.isfinite, b["logprobs"]))
-            pairs = list(zip(a["tokens"], b["tokens"], strict=True))
-            until = next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
             # The token at which two answers part is a near tie, so as likely in one as the other's is there.
-            gaps += [abs(x - y) for x, y in zip(a["logprobs"][: until + 1], b["logprobs"][: until + 1], strict=True)]
-            same, total = same + until, total + len(pairs)
+            until = same_beginning(a["tokens"], b["tokens"]) + 1
+            gaps += [abs(x - y) for x, y in zip(a["logprobs"][:until], b["logprobs"][:until], strict=True)]
     assert sum(gaps) / len(gaps) < BF16_LIMIT
-    assert same > 0.85 * total, f"{same} of {total} tokens before answers part"
+    seldom_part(
+        [answer["tokens"] for prompts in ours["rounds"] for answer in prompts],
+        [answer["tokens"] for prompts in stock["rounds"] for answer in prompts],
+    )
+
+
+def close(said: dict[str, Any], alone: dict[str, Any]) -> None:
+    """The same answer as far as its tokens are; other batches round otherwise, by 0.03. Somebody's state is above 1."""
+    until = same_beginning(said["tokens"], alone["tokens"]) + 1
+    assert said["logprobs"][:until] == pytest.approx(alone["logprobs"][:until], abs=0.1)
+
+
+def seldom_part(ours: list[list[int]], theirs: list[list[int]]) -> None:
+    """Once in 100 tokens at most: in bf16 stock on two ranks parted from stock on one once in 900."""
+    same = [same_beginning(a, b) for a, b in zip(ours, theirs, strict=True)]
+    parted = sum(n < len(a) for n, a in zip(same, ours, strict=True))
+    assert parted <= sum(same) / 100, f"{parted} of {len(same)} answers part, {sum(same)} tokens before they do"
+
+
+def same_beginning(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
 def served(result: dict[str, Any], log: str, kind: str) -> None:
@@ -170,7 +189,7 @@ def test_answers_are_stocks(ask, layout: str, mode: str, kind: str) -> None:
 def test_preempted_requests_begin_again(ask, kind: str) -> None:
     """Each outgrows its block of attention while others have taken the rest."""
     spy = HOST / "spy_engine.py"
-    given = {"rounds": [[tokens(120, 50 + i) for i in range(12)]], "new": 120}
+    given = {"rounds": [[tokens(120, 50 + i) for i in range(12)]], "new": 240}
     stock, _ = ask("flat", STOCK, **given)
     ours, log = ask("flat", KINDS[kind], script=spy, num_gpu_blocks_override=40, **given)
     served(ours, log, kind)
@@ -180,6 +199,8 @@ def test_preempted_requests_begin_again(ask, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_is_stocks(ask, model, shared: Path, kind: str) -> None:
+    from tests.host.checkpoints import write_adapter  # wants safetensors
+
     with FileLock(shared / "adapter.lock"):
         adapter = shared / "adapter"
         if not adapter.exists():
@@ -223,30 +244,34 @@ def test_short_prompts_in_recycled_blocks(
     given = seen(1) | {"VLLM_USE_V2_MODEL_RUNNER": runner} | KINDS[kind]
     result, log = run_engine.run_in_subprocess(job, tmp_path, "poison", environment=given, script=script)
     assert result is not None, log[-4000:]
+    assert ("gdn_plugin: replay: on" in log) == (kind == "replay")
     assert result["seen"]["poisoned"] > 0
-    for alone, companies in zip(result["alone"], result["in company"], strict=True):
-        for said in (alone, *companies):
-            assert all(map(math.isfinite, said["logprobs"]))
-            assert said["tokens"] == alone["tokens"]
-            # Other batches round otherwise: 0.03. With somebody else's state: above 1.
-            assert said["logprobs"] == pytest.approx(alone["logprobs"], abs=0.1)
+    if eager:  # else steps with drafts are a graph's, in which nobody looks
+        assert result["seen"]["fresh speculative rows"] > 0
+    for prompt, alone, companies in zip(job["prompts"], result["alone"], result["in company"], strict=True):
+        assert all(map(math.isfinite, alone["logprobs"]))
+        for said in companies:
+            close(said, alone)
+            if prompt in primed:
+                assert said["cached"] > 500
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_change_are_used(model, tmp_path: Path, kind: str) -> None:
-    job = {"llm": {**LLM, "model": model("flat")}, "prompts": PROMPTS[2:7], "factor": 1.5, "reload": [model("flat")]}
-    script = HOST / "weights_engine.py"
+    from tests.host.checkpoints import write_scaled  # wants safetensors
+
+    folders = [model("flat"), str(write_scaled(Path(model("flat")), tmp_path / "scaled", 0.5))]
+    job = {"llm": {**LLM, "model": folders[0]}, "prompts": PROMPTS[2:7], "factor": 0.5, "reload": folders}
     result, log = run_engine.run_in_subprocess(
-        job, tmp_path, "weights", environment=seen(1) | KINDS[kind], script=script
+        job, tmp_path, "weights", environment=seen(1) | KINDS[kind], script=HOST / "weights_engine.py"
     )
     assert result is not None, log[-4000:]
-    assert result["layers"] == 3
-
-    def first(said: list[dict[str, Any]]) -> list[float]:
-        return [one["logprobs"][0] for one in said]
-
-    assert first(result["scaled"]) != pytest.approx(first(result["loaded"]), abs=0.1)
-    assert first(result["reloaded"][0]) == pytest.approx(first(result["loaded"]), abs=1e-6)
+    assert result["layers"] == 3 and ("gdn_plugin: replay: on" in log) == (kind == "replay")
+    as_loaded, as_scaled = result["reloaded"]
+    for loaded, scaled in zip(result["loaded"], result["scaled"], strict=True):
+        assert scaled["logprobs"] != pytest.approx(loaded["logprobs"], abs=0.1)
+    for reloaded, before in zip(as_loaded + as_scaled, result["loaded"] + result["scaled"], strict=True):
+        close(reloaded, before)
 
 
 TWO = {
@@ -266,19 +291,21 @@ def test_two_ranks_are_one(ask, layout: str, mode: str, kind: str) -> None:
     stock, _ = ask(layout, STOCK)
     ours, log = ask(layout, OVER_NCCL | KINDS[kind], gpus=2, disable_custom_all_reduce=True, **TWO[mode])
     served(ours, log, kind)
-    # Both ranks say the same, line for line, and one of them compiles.
+    # Both ranks say the same, line for line, and one of them at most has kernels compiled.
     said = re.findall(r"(Worker\w*?TP\d).*gdn_plugin: ((?:prefill|decode|fused_\w+|replay\w*|gated_norm): .*)", log)
     ranks = {rank: [line for who, line in said if who == rank] for rank, _ in said}
     assert len(ranks) == 2 and len({tuple(lines) for lines in ranks.values()}) == 1, ranks
+    made = [int(count) for count in re.findall(r"warmed up in .*?; (\d+) compiled ahead", log)]
+    assert len(made) == 2 and 0 in made, made
     agree(ours, stock)
 
 
 @needs_two
 def test_two_stages_are_one(ask) -> None:
     """Replay has none: see docs/replay.md."""
-    stock, _ = ask("flat", STOCK)
+    stock, _ = ask("eight", STOCK)
     given = {"pipeline_parallel_size": 2, "disable_custom_all_reduce": True}
-    ours, _ = ask("flat", OVER_NCCL | KINDS["plugin"], gpus=2, **given)
+    ours, _ = ask("eight", OVER_NCCL | KINDS["plugin"], gpus=2, **given)
     assert set(ours["layers"]) == {PLUGIN}
     agree(ours, stock)
 
@@ -299,10 +326,5 @@ def test_two_engines_behind_one_server_are_one(ask, model, tmp_path: Path) -> No
 
         said = asyncio.run(everybody())
         assert server.log().count("gdn_plugin: prefill: ") == 2  # one line an engine
-    same = total = 0
-    for ours, theirs in zip(said, stock["rounds"][0], strict=True):
-        assert ours is not None
-        pairs = list(zip(ours, theirs["tokens"], strict=True))
-        same += next((i for i, (x, y) in enumerate(pairs) if x != y), len(pairs))
-        total += len(pairs)
-    assert same > 0.85 * total, f"{same} of {total} tokens before answers part"
+    assert None not in said
+    seldom_part(said, [answer["tokens"] for answer in stock["rounds"][0]])

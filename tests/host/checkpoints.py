@@ -90,3 +90,11 @@ def write_int8(model: Path, directory: Path) -> Path:
 def _weights(model: Path) -> dict[str, torch.Tensor]:
     with safe_open(str(model / "model.safetensors"), framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping: it has keys alone)
+
+
+def write_scaled(model: Path, directory: Path, factor: float) -> Path:
+    """The checkpoint with every convolution of a GDN layer multiplied by `factor`."""
+    shutil.copytree(model, directory, dirs_exist_ok=True)
+    scaled = {name: x * factor if name.endswith("conv1d.weight") else x for name, x in _weights(model).items()}
+    save_file(scaled, str(directory / "model.safetensors"), metadata={"format": "pt"})
+    return directory

@@ -187,6 +187,8 @@ def test_nobody_compiles_for_a_caller_that_is_gone(two, compiler):
         next(turns)
         assert compiler.ended == 0
     assert (compiler.awaited, compiler.ended) == (0, 1)
+    in_turn(two, H100, 2)
+    assert (compiler.awaited, compiler.ended) == (1, 2), "what was cut off is asked for again"
 
 
 def test_of_two_that_want_the_same_the_second_waits_when_it_has_to(two, compiler):

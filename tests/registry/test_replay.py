@@ -20,13 +20,13 @@ OLDER = dataclasses.replace(GPU, packages=GPU.packages | {"triton": "3.5.1"})
 @pytest.mark.parametrize("state", ["bfloat16", "float32"])
 @pytest.mark.parametrize("heads", [(16, 16, 128, 128), HEADS, (8, 16, 128, 128), (16, 64, 128, 128)])
 def test_auto_takes_what_an_engine_was_measured_faster_with(heads, state):
-    decision = decide(GPU, AUTO, state, heads)
+    decision = decide(GPU, AUTO, ("bfloat16", state), heads)
     assert decision.describe().startswith("replay: on, a ring of 16 slots (auto: on SM 90 an engine's decode")
-    assert decide(GPU, AUTO, state, heads, 6).slots == 24
-    assert decide(GPU, AUTO, state, heads, prefix_cache=True).slots == 16
-    both = decide(GPU, AUTO, state, heads, 4, prefix_cache=True)
+    assert decide(GPU, AUTO, ("bfloat16", state), heads, 6).slots == 24
+    assert decide(GPU, AUTO, ("bfloat16", state), heads, prefix_cache=True).slots == 16
+    both = decide(GPU, AUTO, ("bfloat16", state), heads, 4, prefix_cache=True)
     assert not both.slots and "not measured with drafts beside a prefix cache" in both.why
-    assert decide(GPU, ON, state, heads, 4, prefix_cache=True).slots == 16
+    assert decide(GPU, ON, ("bfloat16", state), heads, 4, prefix_cache=True).slots == 16
 
 
 @pytest.mark.parametrize(
@@ -42,32 +42,40 @@ def test_auto_takes_what_an_engine_was_measured_faster_with(heads, state):
     ],
 )
 def test_auto_waits_for_a_measurement(platform, state, heads, why):
-    decision = decide(platform, AUTO, state, heads, obstacle=lambda: pytest.fail("nobody asked for it"))
+    decision = decide(platform, AUTO, ("bfloat16", state), heads, obstacle=lambda: pytest.fail("nobody asked for it"))
     assert decision.slots == 0
     assert decision.describe().startswith("replay: off (auto leaves replay off")
     assert decision.describe().endswith(why)
 
 
+def test_tokens_of_another_dtype_are_another_kernel():
+    for dtype in ("float16", "float32"):
+        assert decide(GPU, AUTO, (dtype, "float32"), HEADS).why.endswith("not measured on this machine")
+
+
 def test_auto_goes_by_the_first_row_that_matches(monkeypatch):
     rows = (
-        replay.Preference(0, "slower there", "x", sms=(90,), state_dtypes=("float32",)),
+        replay.Preference(0, "slower there", "x", sms=(90,), dtypes=("bfloat16", "float32")),
         replay.Preference(16, "measured faster", "y", sms=(90,)),
         replay.Preference(0, "not measured", "z"),
     )
     monkeypatch.setattr(replay, "PREFERENCES", rows)
     cases = ((GPU, "float32"), (GPU, "bfloat16"), (CPU, "bfloat16"))
-    found = [decide(platform, AUTO, state, HEADS).describe() for platform, state in cases]
+    found = [decide(platform, AUTO, ("bfloat16", state), HEADS).describe() for platform, state in cases]
     assert found == [
         "replay: off (slower there)", "replay: on, a ring of 16 slots (measured faster)", "replay: off (not measured)"
     ]  # fmt: skip
-    assert decide(GPU, AUTO, "bfloat16", HEADS, obstacle=lambda: "in the way").describe() == "replay: off (in the way)"
+    assert (
+        decide(GPU, AUTO, ("bfloat16", "bfloat16"), HEADS, obstacle=lambda: "in the way").describe()
+        == "replay: off (in the way)"
+    )
 
 
 def test_every_row_has_its_sentence_and_the_last_one_matches_all():
     for row in replay.PREFERENCES:
         assert row.reason and row.source
     last = replay.PREFERENCES[-1]
-    assert all(x is None for x in (last.sms, last.state_dtypes, last.ratios, last.dims, last.triton))
+    assert all(x is None for x in (last.sms, last.dtypes, last.ratios, last.dims, last.triton))
 
 
 SIZES = [("4", 0, 4), ("9", 0, 12), ("16", 4, 16), ("8", 4, 16), ("64", 2, 64), ("4", 6, 24)]
@@ -75,13 +83,13 @@ SIZES = [("4", 0, 4), ("9", 0, 12), ("16", 4, 16), ("8", 4, 16), ("64", 2, 64), 
 
 @pytest.mark.parametrize(("asked", "spec", "slots"), SIZES)
 def test_a_ring_has_room_for_the_drafts(asked, spec, slots):
-    decision = decide(CPU, Request(asked, "x"), "float32", HEADS, spec)
+    decision = decide(CPU, Request(asked, "x"), ("bfloat16", "float32"), HEADS, spec)
     assert decision.slots == slots >= 2 * spec
     assert decision.describe() == f"replay: on, a ring of {slots} slots (asked for, x)"
 
 
 def test_off_is_off():
-    assert decide(GPU, Request("0", "x"), "float32", HEADS).describe() == "replay: off (asked for, x)"
+    assert decide(GPU, Request("0", "x"), ("bfloat16", "float32"), HEADS).describe() == "replay: off (asked for, x)"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +103,7 @@ def test_off_is_off():
     ],
 )  # fmt: skip
 def test_a_backend_asked_for_by_name_keeps_its_work(backends, spec, refused):
-    decision = decide(GPU, ON, "float32", HEADS, spec, backends=backends)
+    decision = decide(GPU, ON, ("bfloat16", "float32"), HEADS, spec, backends=backends)
     assert bool(decision.slots) == (refused is None)
     assert refused is None or decision.why.startswith(refused)
 

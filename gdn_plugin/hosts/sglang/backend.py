@@ -58,7 +58,7 @@ class GdnPluginBackend(GDNAttnBackend):
         replay = decide(
             probe(state.device.type),
             replay_request(),
-            shape.state_dtype,
+            (shape.dtype, shape.state_dtype),
             (shape.num_k_heads, shape.num_v_heads, shape.head_k_dim, shape.head_v_dim),
             obstacle=lambda: "SGLang's pools have no room for a ring",
         )

@@ -72,12 +72,12 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             log_once(_log, logging.WARNING, f"gdn_plugin: GDN layers are left to vLLM: {reason}")
             return
         align = vllm_config.cache_config.mamba_cache_mode == "align"
-        state_dtype = dtype_name(self.get_state_dtype()[1])
+        dtype, state_dtype = map(dtype_name, (vllm_config.model_config.dtype, self.get_state_dtype()[1]))
         spec_tokens = self.num_spec + 1 if self.num_spec else 0
         decision = decide(
             probe(current_platform.device_type),
             replay,
-            state_dtype,
+            (dtype, state_dtype),
             (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim),
             spec_tokens,
             prefix_cache=align,
@@ -89,7 +89,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         self.gdn_replay_slots = decision.slots
         replay_pages.make_room(vllm_config, decision.slots)
         shape = Shape(
-            dtype=dtype_name(vllm_config.model_config.dtype),
+            dtype=dtype,
             state_dtype=state_dtype,
             num_k_heads=self.num_k_heads // self.tp_size,
             num_v_heads=self.num_v_heads // self.tp_size,

@@ -77,11 +77,11 @@ class Reference:
 def _without(packages: Sequence[str], module: str) -> Any:
     """The module, imported as if there were none of the packages: transformers takes them where it finds them."""
     modules: dict[str, Any] = sys.modules
-    hidden = {name: modules[name] for name in packages if name in modules}
+    hidden = {name: modules.pop(name) for name in (*packages, module) if name in modules}
     modules |= dict.fromkeys(packages)  # None: importing it is an ImportError
     try:
         return importlib.import_module(module)
     finally:
-        for name in packages:
-            del modules[name]
+        for name in (*packages, module):
+            modules.pop(name, None)
         modules |= hidden

@@ -165,9 +165,8 @@ def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int, pre
     asked = dict.fromkeys(PHASES, args.backend or "auto")
     heads = tuple(layer[name] for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"))
     platform = Platform.simulated(f"sm_{args.sm}")
-    return decide(
-        platform, request, layer["state_dtype"], heads, spec_tokens, prefix_cache=prefix_cache, backends=asked
-    ).slots
+    dtypes = layer["dtype"], layer["state_dtype"]
+    return decide(platform, request, dtypes, heads, spec_tokens, prefix_cache=prefix_cache, backends=asked).slots
 
 
 def _selected(args: argparse.Namespace, shapes: Sequence[Any]) -> tuple[Platform, list[Selection]]:

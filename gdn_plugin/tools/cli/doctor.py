@@ -107,7 +107,7 @@ def examine(args: argparse.Namespace) -> Report:
     disabled = not wrong and settings.disabled()
     backends = {phase: request.value for phase, request in asked.items()}
     problem = layer["prefill"]
-    replay = decide(platform, ring, problem.state_dtype, problem.heads, backends=backends)
+    replay = decide(platform, ring, (problem.dtype, problem.state_dtype), problem.heads, backends=backends)
     report = Report(platform, args.simulate is not None, problem, asked, replay, trouble=trouble)
     _resolve(report, layer)
     report.hosts = [host.report(one, disabled) for name, one in host.HOSTS.items() if args.host in (None, name)]
