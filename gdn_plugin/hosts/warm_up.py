@@ -37,7 +37,7 @@ def warm_up(core: Core, device: torch.device, log: logging.Logger) -> None:
     count = ops.compile_count()
     before = ahead.totals
     log.info(
-        "gdn_plugin: warmed up in %.1f s, %d kernels in this process; %d compiled ahead and %d found, %.1f s of waiting",
+        "gdn_plugin: warmed up in %.1f s, %d kernels in this process; %d compiled ahead and %d found, awaited %.1f s",
         time.perf_counter() - began, count, before.made, before.found, before.seconds,
     )  # fmt: skip
     _ready = count
