@@ -138,10 +138,14 @@ def test_an_update_that_wiped_the_state(slot, ring):
 
 @pytest.mark.parametrize("op", STEP)
 @pytest.mark.parametrize("io,state", [(BF16, BF16), (BF16, FP32), (FP32, FP32)], ids=str)
-def test_a_first_key_that_is_infinite(op, io, state):
-    """Is NaN in one element behind the norm, and spoils all of the state: of a fresh sequence, which is zeros, too."""
+@pytest.mark.parametrize("what", [1, 2], ids=["key", "value"])
+def test_a_first_key_or_value_that_is_infinite(op, io, state, what):
+    """The key is NaN in one element behind the norm, and spoils all of the state, of a fresh sequence's zeros too.
+
+    The value spoils a row of it, and by the gated norm all of its head's outputs.
+    """
     spoilt = case(op, (2, 1, 2), fresh=(0, 1), io=io, state=state)
-    channel = QWEN.k_heads * QWEN.k_dim + 5
+    channel = what * QWEN.k_heads * QWEN.k_dim + 5
     for token in (0, 2) if op in DECODES else (0, 2, 3):
         spoilt.args["mixed_qkv"][token, channel] = spoilt.args["conv_weight"][channel, -1].sign() * float("inf")
     got = spoilt.arguments()

@@ -639,7 +639,8 @@ def staged_kernel(
                 between = between + gs[t - 1 - s]
             v = s_v.slice(t * RATIO + r, 1).load(VECTORS).to(gl.float32)
             u = s_beta.slice(t * RATIO + r, 1).load(VECTORS) * (v - S_k)
-            o = scale * (S_q + s_dots.slice(2 * t + 1, 1).slice(2 * t, 1, dim=1).load(VECTORS) * u)
+            u_n = u + u * 0.0  # as above: products of what an infinite update makes of the state are NaN
+            o = scale * (S_q + s_dots.slice(2 * t + 1, 1).slice(2 * t, 1, dim=1).load(VECTORS) * u_n)
             s_o.slice(t * RATIO + r, 1).store(o.to(IO))
             if REPLAY:
                 slot_t = wrapped(next_slot + t, slots)
@@ -648,7 +649,7 @@ def staged_kernel(
             else:
                 s_u.slice(t * RATIO + r, 1).store(u)
             gs = gs + (g_t,)
-            updates = updates + (u + u * 0.0,)
+            updates = updates + (u_n,)
 
         if not REPLAY:
             barrier()
