@@ -71,10 +71,12 @@ def in_turn(choices: Iterable[Choice], platform: Platform, processes: int | None
     steps = _compile_ahead(new, platform, processes)
     with contextlib.closing(steps):  # nobody compiles for a caller that is gone
         for by_others in (False, True):
+            began = time.perf_counter()
             try:
                 next(steps, None)
             except Exception as exc:  # a full disk, no memory: compiled in this process, one after the other
                 _say_why(exc)
+            totals.seconds += time.perf_counter() - began
             if by_others:
                 _asked.update(new)
             yield from (choice for choice, jobs in zip(choices, listed, strict=True) if bool(jobs) == by_others)
@@ -98,7 +100,6 @@ def _say_why(exc: Exception) -> None:
 
 def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -> Generator[None]:
     """Stops once, where there is something to wait for."""
-    began = time.perf_counter()
     count = min(processes or usable_processes(), len(jobs))
     if count < 2:
         return
@@ -109,40 +110,30 @@ def _compile_ahead(jobs: list[Job], platform: Platform, processes: int | None) -
         try:
             kept = stack.enter_context(_alone(name, timeout=0.0))
         except Timeout:  # somebody compiles the same
-            stopped, began = yield from _stop(began)
+            yield
+            stopped = True
             kept = stack.enter_context(_alone(name))
         found = _found(name)
         if found is not None:
             totals.found += found
-            totals.seconds += time.perf_counter() - began
             return
         rows_of = stack.enter_context(_compiling(platform, count, jobs, environment))
         if not stopped:
-            stopped, began = yield from _stop(began)
+            yield
         rows = rows_of()
         good = [row for row in rows if not row["error"]]
         # What failed is not tried again: this process compiles it into the same cache.
         if kept is not None and len(rows) == len(jobs):
             remember(kept, [row["artifact"] for row in good])
     made = sum(not row["cached"] for row in good)
-    seconds = time.perf_counter() - began
     totals.made += made
     totals.found += len(good) - made
-    totals.seconds += seconds
-    _log.info("gdn_plugin: %d kernels compiled by %d processes, awaited for %.1f s, %d found in the cache",
-              made, count, seconds, len(good) - made)  # fmt: skip
+    _log.info("gdn_plugin: %d kernels compiled by %d processes, %d found in the cache", made, count, len(good) - made)
     for row in rows:
         if row["error"]:
             _log.warning("gdn_plugin: %s was not compiled ahead: %s", row["name"], row["error"])
     if len(rows) < len(jobs):
         _log.warning("gdn_plugin: %d kernels were not compiled ahead and are in this process", len(jobs) - len(rows))
-
-
-def _stop(began: float) -> Generator[None, None, tuple[bool, float]]:
-    """Stops; (True, when it began less the time that passed meanwhile, which was the caller's)."""
-    stopped = time.perf_counter()
-    yield
-    return True, began + time.perf_counter() - stopped
 
 
 def jobs_of(choices: Iterable[Choice], platform: Platform) -> list[Job]:

@@ -69,11 +69,9 @@ def resolve(
     """
     wanted = _requested() if requests is None else requests
     platform = _platform(device)
-
-    def pick(excluded: Mapping[str, Mapping[str, str]]) -> Selection:
-        return select(platform, problems, wanted, excluded=excluded)
-
-    return _working(platform, pick, ready=compile_ahead)
+    return _working(
+        platform, lambda excluded: select(platform, problems, wanted, excluded=excluded), ready=compile_ahead
+    )
 
 
 def _platform(device: str | torch.device | None) -> Platform:
