@@ -25,8 +25,10 @@ import run_engine
 def main() -> None:
     for key, value in run_engine.ENVIRONMENT.items():
         os.environ.setdefault(key, value)
+    import torch
+
     second = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
-    if second:
+    if second and not torch.cuda.is_available():
         # vLLM for CPUs uses Triton only where it has a backend of this name, and then asks nothing of it.
         from triton.backends import backends
 
@@ -63,7 +65,8 @@ def main() -> None:
                 seen["poisoned"] += len(fresh)
 
     def watched(self: Any, batch: Any, *args: Any) -> None:
-        if batch.spec is not None:
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if batch.spec is not None and not capturing:
             seen["fresh speculative rows"] += int((~batch.spec.has_initial_state).sum())
         run(self, batch, *args)
 

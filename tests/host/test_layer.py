@@ -9,6 +9,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -375,3 +376,16 @@ def test_a_layer_with_replay_has_its_ring_in_the_page(
     assert parameters.ring is not None and parameters.ring.span.shape == (6, 2, 2)
     spec = layer.get_kv_cache_spec(vllm_config)
     assert spec.num_speculative_blocks == 0 and len(spec.shapes) == len(spec.dtypes) == 6
+
+
+@pytest.mark.parametrize(("host", "ours"), [(16, 64), (112, 448), (1088, 1088)])
+def test_checkpoints_are_where_prefill_has_a_state(
+    pair: Any, vllm_config: Any, monkeypatch: pytest.MonkeyPatch, host: int, ours: int
+) -> None:
+    """Without attention vLLM 0.33 makes blocks of 16 tokens, and checkpoints between the chunks of 64."""
+    layer, _ = pair
+    plain = replace(layer.get_kv_cache_spec(vllm_config), num_prefill_checkpoint_blocks=1)
+    spec = replace(plain, prefill_checkpoint_alignment=host)
+    monkeypatch.setattr(type(layer).__base__, "get_kv_cache_spec", lambda self, config: spec)
+    monkeypatch.setattr(layer, "_gdn_checkpoint_grid", 64)
+    assert layer.get_kv_cache_spec(vllm_config) == replace(plain, prefill_checkpoint_alignment=ours)

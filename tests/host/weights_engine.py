@@ -2,7 +2,8 @@
 
 The job: `llm` (arguments of vllm.LLM), `prompts`, `factor`, and `reload`, folders of checkpoints. The result holds what
 was said with the weights of the model, after every conv1d weight was multiplied by `factor` in place, and after each of
-the checkpoints was loaded by `reload_weights`.
+the checkpoints was loaded by `reload_weights`. With `enable_sleep_mode` also, `awake`, what was said after a sleep that
+kept the weights (the last checkpoint's) and after one that dropped them and loaded the last checkpoint again.
 """
 
 from __future__ import annotations
@@ -53,6 +54,15 @@ def main() -> None:
     for folder in job["reload"]:
         engine.collective_rpc("reload_weights", kwargs={"weights_path": folder})
         result["reloaded"].append(ask())
+    if job["llm"].get("enable_sleep_mode"):
+        engine.sleep(level=1)
+        engine.wake_up()
+        result["awake"] = [ask()]
+        engine.sleep(level=2)
+        engine.wake_up(tags=["weights"])
+        engine.collective_rpc("reload_weights", kwargs={"weights_path": job["reload"][-1]})
+        engine.wake_up(tags=["kv_cache"])
+        result["awake"].append(ask())
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

@@ -170,12 +170,13 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             spec = replace(spec, num_speculative_blocks=0)
         if self._gdn_checkpoint_grid is None or not isinstance(spec, MambaSpec):
             return spec
-        if spec.num_prefill_checkpoint_blocks:  # vLLM 0.33 has done it
+        if spec.num_prefill_checkpoint_blocks:  # vLLM 0.33 has done it, for a model without attention on no such grid
+            grid = spec.prefill_checkpoint_alignment
+        elif hasattr(super(), "get_prefill_checkpoint_alignment"):  # 0.33 has decided that some layer cannot
             return spec
-        if hasattr(super(), "get_prefill_checkpoint_alignment"):  # 0.33 has decided that some layer cannot
-            return spec
-        # All offsets on the grid of cacheable blocks: prefill emits one state a block, not one every 64 tokens.
-        grid = vllm_config.cache_config.prefix_match_unit or spec.block_size
+        else:
+            # All offsets on the grid of cacheable blocks: prefill emits one state a block, not one every 64 tokens.
+            grid = vllm_config.cache_config.prefix_match_unit or spec.block_size
         return replace(
             spec,
             num_prefill_checkpoint_blocks=1,
