@@ -182,10 +182,11 @@ def make_call(
     return contenders.maker(op, name)(inputs(op, heads, lens, dtype, state_dtype, device, _wants(op, name)))
 
 
-def host_overhead_us(op: str, backend: str, device: str) -> float:
-    """Host time of one call in microseconds: a problem so small that the device does next to nothing."""
+def host_overhead_us(op: str, backend: str, heads: Heads, dtype: str, state_dtype: str, device: str) -> float:
+    """Host time of one call in microseconds: of a layer's heads one group, so that the device does next to nothing."""
     lens = (1,) if op in shapes.DECODE_OPS else (2,)
-    case = inputs(op, Heads(1, 1, 64, 64), lens, "bfloat16", "float32", device, _wants(op, backend))
+    group = heads._replace(k_heads=1, v_heads=heads.v_heads // heads.k_heads)
+    case = inputs(op, group, lens, dtype, state_dtype, device, _wants(op, backend))
     call = contenders.ours(backend)(case)
     for _ in range(20):
         call()

@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
                 for name in ours[op]:
                     progress(f"{op}: host time of a call of {name}")
                     if any(row.op == op and row.contender == name and row.us for row in rows):
-                        overhead[f"{op} {name}"] = host_overhead_us(op, name, device)
+                        overhead[f"{op} {name}"] = host_overhead_us(op, name, heads, args.dtype, state_dtype, device)
                         save()
         finally:  # what was measured before an interruption is shown as well
             bar.close()
