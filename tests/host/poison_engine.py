@@ -60,7 +60,9 @@ def main() -> None:
             layers = [runner.vllm_config.compilation_config.static_forward_context[name] for name in group.layer_names]
             for layer in (layer for layer in layers if hasattr(layer, "_gdn_core")):
                 fresh = [i for i in ids[computed // group.kv_cache_spec.block_size :] if i > 0]
-                for pool in layer.kv_cache:  # of a ring's spans, what a former user might leave
+                conv, state, *_ = layer.kv_cache
+                for pool in (conv, state, *(layer._gdn_parameters().ring or ())):
+                    # of a ring's spans, what a former user might leave
                     pool[fresh] = float("nan") if pool.dtype.is_floating_point else 3
                 seen["poisoned"] += len(fresh)
 

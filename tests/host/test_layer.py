@@ -369,13 +369,16 @@ def test_a_layer_with_replay_has_its_ring_in_the_page(
     layer = GdnPluginAttention(transformers_module(True)[0], vllm_config, f"model.layers.13.replay_{drafts}")
     slots = 16 if drafts else 8
     assert layer._gdn_core.shape.replay == slots and vllm_config.additional_config["gdn_plugin_replay"] == slots
-    assert layer.get_state_shape()[2:] == ((slots, 2, 64), (slots, 6, 32), (slots, 6), (2, 2))
-    assert layer.get_state_dtype()[2:] == (torch.float32, torch.float32, torch.float32, torch.int32)
+    words = slots * 2 * 64 + slots * 6 * 32 + slots * 6 + 2 * 2
+    assert layer.get_state_shape()[2:] == ((words,),) and layer.get_state_dtype()[2:] == (torch.int32,)
     layer.kv_cache = spare_pools(layer, 6)
-    parameters = layer._gdn_parameters()
-    assert parameters.ring is not None and parameters.ring.span.shape == (6, 2, 2)
+    ring = layer._gdn_parameters().ring
+    assert ring is not None and ring.span.shape == (6, 2, 2) and ring.k.shape == (6, slots, 2, 64)
+    assert layer._gdn_parameters().ring is ring
+    layer.kv_cache = spare_pools(layer, 7)
+    assert layer._gdn_parameters().ring.span.shape == (7, 2, 2)
     spec = layer.get_kv_cache_spec(vllm_config)
-    assert spec.num_speculative_blocks == 0 and len(spec.shapes) == len(spec.dtypes) == 6
+    assert spec.num_speculative_blocks == 0 and len(spec.shapes) == len(spec.dtypes) == 3
 
 
 @pytest.mark.parametrize(("host", "ours"), [(16, 64), (112, 448), (1088, 1088)])

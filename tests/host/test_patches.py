@@ -348,8 +348,8 @@ class FakeModel(torch.nn.Module):
         return dict.fromkeys(mamba_types, ("conv", "state"))
 
 
-RING_SHAPES = ((8, 2, 16), (8, 4, 8), (8, 4), (2, 2))
-RING_DTYPES = (torch.bfloat16, torch.float32, torch.float32, torch.int32)
+# Words of eight keys (bf16), of as many updates and gates (fp32), and of the spans.
+RING_SHAPES, RING_DTYPES = ((8 * 2 * 16 // 2 + 8 * 4 * 8 + 8 * 4 + 2 * 2,),), (torch.int32,)
 
 
 def config_of(**changed: Any) -> SimpleNamespace:
@@ -389,8 +389,31 @@ def test_pages_have_room_for_a_ring(model: type[FakeModel]) -> None:
     assert model.get_mamba_state_dtype_from_config(config)[2:] == RING_DTYPES
     served = model()
     served.layer = layer_with(8)
-    copied = {"gdn": ("conv", "state", *["plain"] * 4), "other": ("conv", "state")}
+    copied = {"gdn": ("conv", "state", "plain"), "other": ("conv", "state")}
     assert served.get_mamba_state_copy_funcs({"gdn", "other"}) == copied
+
+
+@pytest.mark.parametrize("io", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("of_state", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("key_heads", "value_heads"), [(1, 1), (1, 2), (3, 6)])
+def test_the_parts_of_a_ring_fill_its_state(
+    monkeypatch: pytest.MonkeyPatch, io: torch.dtype, of_state: torch.dtype, key_heads: int, value_heads: int
+) -> None:
+    monkeypatch.setitem(sys.modules, replay_pages._MAMBA_UTILS, SimpleNamespace(is_conv_state_dim_first=lambda: False))
+    shapes = (3, 2 * key_heads * 16 + value_heads * 8), (value_heads, 8, 16)
+    parts = replay_pages.ring_parts(shapes, (io, of_state), io, 4)
+    (words,), dtype = replay_pages.ring_state(parts)
+    assert words % 4 == 0
+    pages = torch.zeros(3, 8 + words + 12, dtype=dtype)  # a state somewhere in a page
+    ring = replay_pages.ring_of(pages[:, 8 : 8 + words], parts)
+    assert [(part.shape[1:], part.dtype) for part in ring] == list(parts)
+    used = 0
+    for part in ring:
+        assert not part.any(), "two parts overlap"
+        part.view(torch.uint8).fill_(255)
+        used += part[0].numel() * part.itemsize
+    assert pages[:, 8:].view(torch.uint8).count_nonzero() == 3 * used and not pages[:, :8].any()
+    assert used <= 4 * words < used + 16 and not pages[:, 8 + words :].any()
 
 
 def test_an_engine_without_replay_keeps_its_pages(model: type[FakeModel]) -> None:
@@ -399,7 +422,7 @@ def test_an_engine_without_replay_keeps_its_pages(model: type[FakeModel]) -> Non
     replay_pages.make_room(with_ring, 8)
     without.additional_config = dict(with_ring.additional_config)
     replay_pages.make_room(without, 0)
-    assert len(model.get_mamba_state_shape_from_config(with_ring)) == 6
+    assert len(model.get_mamba_state_shape_from_config(with_ring)) == 3
     assert len(model.get_mamba_state_shape_from_config(without)) == 2
     assert len(model.get_mamba_state_dtype_from_config(without)) == 2
     plain = model()
@@ -430,7 +453,7 @@ def test_a_class_derived_from_one_that_has_room(model: type[FakeModel], monkeypa
         assert kind.get_mamba_state_dtype_from_config(config)[2:] == RING_DTYPES
         served = kind()
         served.layer = layer_with(8)
-        assert served.get_mamba_state_copy_funcs({"gdn"}) == {"gdn": ("conv", "state", *["plain"] * 4)}
+        assert served.get_mamba_state_copy_funcs({"gdn"}) == {"gdn": ("conv", "state", "plain")}
 
 
 @pytest.mark.parametrize(
@@ -490,8 +513,9 @@ def test_no_state_is_moved_from_behind_a_draft(drafts: int, asynchronous: bool) 
 
 
 class FakeScheduler:
-    def __init__(self, *shapes: int, drafts: int = 3) -> None:
-        specs = [SimpleNamespace(block_size=16, shapes=((1,),) * count) for count in shapes]
+    def __init__(self, *states: torch.dtype, drafts: int = 3) -> None:
+        """Its pages have conv, a state, and what is named."""
+        specs = [SimpleNamespace(block_size=16, dtypes=(torch.bfloat16, torch.float32, *states))]
         group = SimpleNamespace(kv_cache_spec=SimpleNamespace(kv_cache_specs=dict(enumerate(specs))))
         attention = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=4))
         self.kv_cache_config = SimpleNamespace(kv_cache_groups=[attention, group])
@@ -517,11 +541,11 @@ def test_drafts_end_before_a_block_where_its_row_has_a_ring(monkeypatch: pytest.
         )
         return scheduler._mamba_block_aligned_split(request, 4, local)
 
-    ring = Scheduler(6)
+    ring = Scheduler(torch.int32)
     assert [sized(ring, at) for at in range(10, 18)] == [4, 4, 3, 2, 1, 1, 4, 4]
     assert [sized(ring, at - 16, local=16) for at in range(26, 34)] == [4, 4, 3, 2, 1, 1, 4, 4]
     assert [sized(ring, at, in_flight=4) for at in range(10, 20)] == [4, 4, 3, 2, 1, 1, 1, 1, 1, 4]
-    for other in (Scheduler(2), Scheduler(6, drafts=0)):
+    for other in (Scheduler(), Scheduler(torch.float32), Scheduler(torch.int32, drafts=0)):
         assert [sized(other, at) for at in range(10, 18)] == [4] * 8
 
 

@@ -64,6 +64,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         self._gdn_core: Core | None = None
         self._gdn_packed = False
         self._gdn_checkpoint_grid: int | None = None
+        self._gdn_ring: tuple[Tensor, Ring] | None = None
         wanted = _requests(vllm_config)
         replay = replay_request(_additional(vllm_config))
         reason = self._left_to_host()
@@ -148,16 +149,18 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
         """The host's, of conv and state; with replay of the ring too."""
-        return (*super().get_state_shape(), *(shape for shape, _ in self._ring_states()))
+        return (*super().get_state_shape(), *(shape for shape, _ in self._ring_state()))
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        return (*super().get_state_dtype(), *(dtype for _, dtype in self._ring_states()))
+        return (*super().get_state_dtype(), *(dtype for _, dtype in self._ring_state()))
 
-    def _ring_states(self) -> tuple[replay_pages.State, ...]:
-        if not self.gdn_replay_slots:
-            return ()
+    def _ring_state(self) -> tuple[replay_pages.State, ...]:
+        return (replay_pages.ring_state(self._ring_parts),) if self.gdn_replay_slots else ()
+
+    @functools.cached_property
+    def _ring_parts(self) -> tuple[replay_pages.State, ...]:
         base = tuple(super().get_state_shape()), super().get_state_dtype()
-        return replay_pages.ring_states(*base, self.model_config.dtype, self.gdn_replay_slots)
+        return replay_pages.ring_parts(*base, self.model_config.dtype, self.gdn_replay_slots)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
         """The host's spec; in "align" mode it says that prefill writes the state to be cached in one pass.
@@ -267,7 +270,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         core.run(batch_of(metadata, self.conv_kernel_size - 1), mixed_qkv, a, b, self._gdn_parameters(), out, norm)
 
     def _gdn_parameters(self) -> Parameters:
-        conv_pool, state, *ring = self.kv_cache
+        conv_pool, state, *_ = self.kv_cache
         # With LoRA the host wraps every linear layer, this one too, and the wrapper shows only some of what it has.
         conv1d: Any = getattr(self.conv1d, "base_layer", self.conv1d)
         return Parameters(
@@ -277,8 +280,17 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             dt_bias=self.dt_bias,
             conv_state=conv_pool if is_conv_state_dim_first() else conv_pool.transpose(-1, -2),
             state=state,
-            ring=Ring(*ring) if ring else None,
+            ring=self._ring(),
         )
+
+    def _ring(self) -> Ring | None:
+        """Views that cost 20 us to make, so they are kept with the pool that they are of."""
+        if not self.gdn_replay_slots:
+            return None
+        pool = self.kv_cache[2]
+        if self._gdn_ring is None or self._gdn_ring[0] is not pool:
+            self._gdn_ring = pool, replay_pages.ring_of(pool, self._ring_parts)
+        return self._gdn_ring[1]
 
     def _warmup_prefill_kernels(self, qkv_or_qkvz: Tensor, v_dim: int) -> None:
         """Compile every kernel that serving can reach, in the profile run: before the caches and before capture."""

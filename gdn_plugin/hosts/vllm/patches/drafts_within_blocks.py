@@ -70,12 +70,14 @@ def trimmed(count: int, start: int, known: int, in_flight: int, block: int) -> i
 
 
 def _block(scheduler: Any) -> int:
+    import torch  # not with this module, which the entry point imports in every process
+
     found = getattr(scheduler, _BLOCK, None)
     if found is None:
         groups = scheduler.kv_cache_config.kv_cache_groups if scheduler.num_spec_tokens else ()
         specs = [spec for group in groups for spec in _specs(group.kv_cache_spec)]
-        # Conv, state and the four of a ring; what else a host may have keeps its steps.
-        found = next((spec.block_size for spec in specs if len(getattr(spec, "shapes", ())) == 6), 0)
+        # Conv, state and a ring, which alone is of integers; what else a host may have keeps its steps.
+        found = next((spec.block_size for spec in specs if tuple(getattr(spec, "dtypes", ())[2:]) == (torch.int32,)), 0)
         setattr(scheduler, _BLOCK, found)
     return int(found)
 

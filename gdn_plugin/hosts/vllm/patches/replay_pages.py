@@ -1,11 +1,13 @@
 """vLLM's pages of GDN states, with room behind conv and state for the ring that replay keeps.
 
 Changes:  get_mamba_state_shape_from_config, get_mamba_state_dtype_from_config and get_mamba_state_copy_funcs of the
-          class of the model that is being built: four states more, and a plain copy of each.
+          class of the model that is being built: one state more, and a plain copy of it.
 Why:      The host asks the layer what its page holds, but the model's class how large a page is to be (it makes
           attention's blocks as large) and how a page's states are copied to another block (prefix cache, "align"). A
           ring that is not told of there has no room, or stays behind. The sizes follow the configuration and the copies
-          the model's own layers, so that another engine in the process keeps its pages as they are.
+          the model's own layers, so that another engine in the process keeps its pages as they are. One state, though
+          the ring has four parts: with the prefix cache each step asks of every sequence, layer and state whether
+          there is something to copy, on an H200 2.4 us a layer and state at 256 sequences, twice.
 Versions: 0.32, 0.33, with both model runners. Applied with replay on, and only then.
 Retires:  with the first vLLM that asks the layers themselves for both; none yet.
 """
@@ -14,10 +16,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from gdn_plugin.hosts.core import Ring
 from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
 
 _MAMBA_UTILS = "vllm.model_executor.layers.mamba.mamba_utils"
@@ -25,10 +31,12 @@ _SLOTS = "gdn_plugin_replay"  # in additional_config: slots of a ring in this en
 _MARK = "_gdn_plugin_replay_pages"
 _OWN = 2  # states of the host's: conv and state; a class derived from one with room for a ring is asked for more
 
+_ALIGNMENT = 16  # bytes
+
 State = tuple[tuple[int, ...], torch.dtype]
 
 
-def ring_states(
+def ring_parts(
     shapes: tuple[tuple[int, ...], ...], dtypes: tuple[torch.dtype, ...], io: torch.dtype, slots: int
 ) -> tuple[State, ...]:
     """Shape and dtype of a page's ring_k, ring_u, ring_g and ring_span, see `gdn_plugin.ops.replay_decode`.
@@ -46,6 +54,22 @@ def ring_states(
         ((slots, value_heads), torch.float32),
         ((key_heads, 2), torch.int32),
     )
+
+
+def ring_state(parts: Sequence[State]) -> State:
+    """The state that holds the parts, one behind the other, as int32."""
+    size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+    return (-(-size // _ALIGNMENT) * _ALIGNMENT // torch.int32.itemsize,), torch.int32
+
+
+def ring_of(state: Tensor, parts: Sequence[State]) -> Ring:
+    """The parts of [N] rings, as views of the state of `ring_state`, [N, words]."""
+    views, first = [], 0
+    for shape, dtype in parts:
+        last = first + math.prod(shape) * dtype.itemsize // torch.int32.itemsize
+        views.append(state[:, first:last].view(dtype).unflatten(1, shape))
+        first = last
+    return Ring(*views)
 
 
 def obstacle(vllm_config: Any) -> str | None:
@@ -99,7 +123,7 @@ def make_room(vllm_config: Any, slots: int) -> bool:
         slots = additional.get(_SLOTS, 0) if isinstance(additional, dict) else 0
         if not slots:
             return ()
-        return ring_states(shape(vllm_config), dtype(vllm_config), vllm_config.model_config.dtype, slots)
+        return (ring_state(ring_parts(shape(vllm_config), dtype(vllm_config), vllm_config.model_config.dtype, slots)),)
 
     def shapes_with_ring(cls: type, vllm_config: Any) -> tuple[tuple[int, ...], ...]:
         return (*shape(vllm_config)[:_OWN], *(size for size, _ in ring(vllm_config)))
@@ -111,7 +135,7 @@ def make_room(vllm_config: Any, slots: int) -> bool:
         # Runners ask the model itself, not its class, whose configuration nobody tells.
         held = {layer.mamba_type for layer in self.modules() if getattr(layer, "gdn_replay_slots", 0)}
         return {
-            kind: (*funcs[:_OWN], *[plain_copy] * 4) if kind in held else funcs
+            kind: (*funcs[:_OWN], plain_copy) if kind in held else funcs
             for kind, funcs in copy_funcs.__get__(self, type(self))(mamba_types).items()
         }
 
