@@ -113,13 +113,14 @@ def test_what_a_gpu_is_asked_first_can_be_asked(monkeypatch):
     assert set(asked) == set(OPS) and len(job.extra["profiles"]) == 8
 
 
-def test_the_host_time_is_of_a_problem_that_the_backend_can_run(monkeypatch):
+@pytest.mark.parametrize(("heads", "few"), [((2, 4), (1, 2)), ((16, 16), (2, 2)), ((1, 1), (1, 1))])
+def test_the_host_time_is_of_a_problem_that_the_backend_can_run(monkeypatch, heads, few):
     """A backend for K = V = 128 alone was given 64, and the command ended with an error behind its last measurement."""
     asked = []
     monkeypatch.setattr(contenders, "ours", lambda name: lambda case: asked.append(case) or (lambda: None))
-    run.host_overhead_us("prefill", "flashinfer", Heads(2, 4, 128, 128), "float16", "bfloat16", "cpu")
+    run.host_overhead_us("prefill", "flashinfer", Heads(*heads, 128, 128), "float16", "bfloat16", "cpu")
     (case,) = asked
-    assert case.args["q"].shape[1:] == (1, 128) and case.args["v"].shape[1:] == (2, 128)
+    assert case.args["q"].shape[1:] == (few[0], 128) and case.args["v"].shape[1:] == (few[1], 128)
     assert case.args["q"].dtype == torch.float16 and case.pools["state"].view.dtype == torch.bfloat16
 
 
