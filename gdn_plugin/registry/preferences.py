@@ -101,7 +101,8 @@ PREFERENCES: tuple[Preference, ...] = (
         min_value_heads=16,
         source="this plugin on one H100 (flashinfer 0.7.2, triton 3.6, 2026-11-23), CUDA graphs, Hk=16, Hv=32: 8x1024 "
         "129 us against 265 (triton), 1x8192 247 against 403, 1x32768 771 against 1542, 32x256 201 against 303, "
-        "15 ragged sequences 177 against 315, 1x2048 113 against 113",
+        "15 ragged sequences 177 against 315, 1x2048 113 against 113. One H200 (2026-11-28), Hk=8, Hv=16: 62 against "
+        "131, 1x8192 152 against 363, 32x256 98 against 153, 1x2048 80 against 94",
     ),
     Preference(
         "flashinfer",

@@ -247,7 +247,7 @@ def test_short_prompts_in_recycled_blocks(
     llm = {**LLM, **drafts(method), "model": model(layout), "max_num_seqs": 2, "enable_prefix_caching": cache}
     llm["enforce_eager"] = eager
     prompts, company = [[7], [7, 8], [7, 8, 9], [42], [5, 5]], [[3] * 40, [9] * 20, tokens(60, 12), repeated(50, 7, 13)]
-    primed = [tokens(1100, 11)] * cache
+    primed = [tokens(961, 11)] * cache  # whatever the engine's block is here, 960 is a multiple of it
     job = {"llm": llm, "prompts": prompts + primed, "company": company, "prime": primed}
     script = HOST / "poison_engine.py"
     given = seen(1) | {"VLLM_USE_V2_MODEL_RUNNER": runner} | KINDS[kind]
@@ -255,6 +255,9 @@ def test_short_prompts_in_recycled_blocks(
     assert result is not None, log[-4000:]
     assert ("gdn_plugin: replay: on" in log) == (kind == "replay")
     assert result["seen"]["poisoned"] > 0
+    # With MTP the host computes the last cached block anew, so no tail is that short.
+    tail = cache and method == "ngram"
+    assert bool(result["seen"]["tails of one token"]) == tail
     if eager:  # else steps with drafts are a graph's, in which nobody looks
         assert result["seen"]["fresh speculative rows"] > 0
     for prompt, alone, companies in zip(job["prompts"], result["alone"], result["in company"], strict=True):
@@ -262,7 +265,7 @@ def test_short_prompts_in_recycled_blocks(
         for said in companies:
             close(said, alone)
             if prompt in primed:
-                assert said["cached"] > 500
+                assert said["cached"] == 960 if tail else said["cached"] > 500
 
 
 @pytest.mark.parametrize("kind", KINDS)
