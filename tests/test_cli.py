@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -369,6 +370,40 @@ def test_a_bad_value_is_one_line_before_any_work(run, arguments, monkeypatch, tm
     assert shown.code == 2
     assert shown.err.startswith(f"gdn-plugin {arguments[0]}: ") and shown.err.count("\n") == 1
     assert not shown.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("head", [True, False], ids=["head", "no-head"])
+def test_modes_that_draft_with_mtp_take_a_head(run, head, monkeypatch, tmp_path):
+    """Asked for, they are refused without one, and left out where nothing was asked for."""
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    from gdn_plugin.tools.accuracy import evaluate, reference, report
+    from gdn_plugin.tools.accuracy.score import Cell
+
+    asked = []
+
+    def row(engine, *_, **__):
+        asked.append(engine.mode)
+        return report.Row(engine.backend, engine.mode, (Cell(128, 4, 4, 4, 0.0),))
+
+    monkeypatch.setattr(reference, "Reference", lambda model: None)
+    monkeypatch.setattr(
+        evaluate, "reference_row", lambda *_: report.Row(report.REFERENCE, "-", (Cell(128, 4, 4, 4, 0.0),))
+    )
+    monkeypatch.setattr(evaluate, "engine_row", row)
+    model = Path(shutil.copytree(ROOT / "examples/recall/model", tmp_path / "model"))
+    if not head:
+        (model / "model.safetensors").unlink()
+    command = ("accuracy", "--model", str(model), "--backend", "torch", "--lengths", "128")
+    assert run(*command).code == 0
+    assert asked == ["plain", "cache", "spec", "cache+spec", *(["mtp", "cache+mtp"] if head else [])]
+    asked.clear()
+    shown = run(*command, "--mode", "plain,cache+mtp")
+    if head:
+        assert (shown.code, asked) == (0, ["plain", "cache+mtp"])
+    else:
+        assert (shown.code, shown.out, asked) == (2, "", [])
+        assert shown.err.startswith("gdn-plugin accuracy: --mode cache+mtp: ") and shown.err.count("\n") == 1
+        assert "has no MTP head" in shown.err
 
 
 class TestEnds:

