@@ -63,8 +63,8 @@ PREFERENCES: tuple[Preference, ...] = (
         reason="auto leaves replay off: with drafts beside a prefix cache steps at a block's end have no full CUDA "
         "graph; GDN_PLUGIN_REPLAY=16 asks for it",
         source="vLLM 0.33 on one H200, its host busy (2026-11-28), qwen3.5-4b, bf16 state, 3 drafts, 64 sequences of "
-        "930 to 1140 tokens + 160: stock 2.84 to 3.29 s, replay 4.50 to 5.55, of which the device works 2.4 and 2.0 "
-        "(see docs/replay.md)",
+        "930 to 1140 tokens + 160: stock 2.84 to 3.29 s, replay 4.50 to 5.55, of which the device works about 2.3 and "
+        "2.0 (see docs/replay.md)",
         drafts_with_cache=True,
     ),
     Preference(

@@ -354,8 +354,9 @@ def test_two_engines_behind_one_server_are_one(ask, model, tmp_path: Path) -> No
 def server(folder: str, out: Path, environment: dict[str, str], *arguments: str, gpus: int = 1):
     """A server over the model with the settings of `LLM`."""
     pytest.importorskip("openai", reason="the openai client is not installed")
-    usual = ["--dtype", "bfloat16", "--max-model-len", "2048", "--max-num-seqs", "64", "--no-enable-prefix-caching"]
-    usual += ["--kv-cache-memory-bytes", str(2 << 30), "--gpu-memory-utilization", "0.05"]
+    settings = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization")
+    usual = ["--no-enable-prefix-caching"]
+    usual += [part for name in settings for part in ("--" + name.replace("_", "-"), str(LLM[name]))]
     return serve(Path(folder), out, *usual, *arguments, environment=seen(gpus) | environment)
 
 

@@ -155,9 +155,8 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         return (*super().get_state_dtype(), *(dtype for _, dtype in self._ring_state()))
 
     def _ring_state(self) -> tuple[replay_pages.State, ...]:
-        return (replay_pages.ring_state(self._ring_parts),) if self.gdn_replay_slots else ()
+        return (replay_pages.ring_state(self._ring_parts()),) if self.gdn_replay_slots else ()
 
-    @functools.cached_property
     def _ring_parts(self) -> tuple[replay_pages.State, ...]:
         base = tuple(super().get_state_shape()), super().get_state_dtype()
         return replay_pages.ring_parts(*base, self.model_config.dtype, self.gdn_replay_slots)
@@ -173,7 +172,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             spec = replace(spec, num_speculative_blocks=0)
         if self._gdn_checkpoint_grid is None or not isinstance(spec, MambaSpec):
             return spec
-        if spec.num_prefill_checkpoint_blocks:  # vLLM 0.33 has done it, for a model without attention on no such grid
+        if spec.num_prefill_checkpoint_blocks:  # vLLM 0.33 has done it; without attention its grid is 16 tokens
             grid = spec.prefill_checkpoint_alignment
         elif hasattr(super(), "get_prefill_checkpoint_alignment"):  # 0.33 has decided that some layer cannot
             return spec
@@ -289,7 +288,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             return None
         pool = self.kv_cache[2]
         if self._gdn_ring is None or self._gdn_ring[0] is not pool:
-            self._gdn_ring = pool, replay_pages.ring_of(pool, self._ring_parts)
+            self._gdn_ring = pool, replay_pages.ring_of(pool, self._ring_parts())
         return self._gdn_ring[1]
 
     def _warmup_prefill_kernels(self, qkv_or_qkvz: Tensor, v_dim: int) -> None:

@@ -70,10 +70,10 @@ def trimmed(count: int, start: int, known: int, in_flight: int, block: int) -> i
 
 
 def _block(scheduler: Any) -> int:
-    import torch  # not with this module, which the entry point imports in every process
-
     found = getattr(scheduler, _BLOCK, None)
     if found is None:
+        import torch  # not with this module, which the entry point imports in every process
+
         groups = scheduler.kv_cache_config.kv_cache_groups if scheduler.num_spec_tokens else ()
         specs = [spec for group in groups for spec in _specs(group.kv_cache_spec)]
         # Conv, state and a ring, which alone is of integers; what else a host may have keeps its steps.

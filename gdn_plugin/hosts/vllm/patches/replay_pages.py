@@ -30,7 +30,6 @@ _MAMBA_UTILS = "vllm.model_executor.layers.mamba.mamba_utils"
 _SLOTS = "gdn_plugin_replay"  # in additional_config: slots of a ring in this engine's pages
 _MARK = "_gdn_plugin_replay_pages"
 _OWN = 2  # states of the host's: conv and state; a class derived from one with room for a ring is asked for more
-
 _ALIGNMENT = 16  # bytes
 
 State = tuple[tuple[int, ...], torch.dtype]
