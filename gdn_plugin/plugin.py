@@ -46,7 +46,6 @@ def state() -> str:
 def _register() -> None:
     from gdn_plugin import settings
     from gdn_plugin.hosts.vllm import compat
-    from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
 
     if _wants_out(settings):
         _stand_down("GDN_PLUGIN_DISABLE=1")
@@ -56,16 +55,10 @@ def _register() -> None:
         _stand_down(why)
         return
     _set_state("waiting")
-    _when_imported(drafts_within_blocks.MODULE, _keep_drafts_within_blocks)
-    _when_imported(compat.LAYER_MODULE, _attach_or_stand_down)
-
-
-def _when_imported(module: str, callback: Callable[[], object]) -> None:
-    """Now where the host has imported it, else right after it does."""
-    if module in sys.modules:
-        callback()
+    if compat.LAYER_MODULE in sys.modules:
+        _attach_or_stand_down()
     else:
-        sys.meta_path.insert(0, _AfterImport(module, callback))
+        sys.meta_path.insert(0, _AfterImport(compat.LAYER_MODULE, _attach_or_stand_down))
 
 
 def _wants_out(settings: ModuleType) -> bool:
@@ -73,15 +66,6 @@ def _wants_out(settings: ModuleType) -> bool:
         return settings.disabled()
     except settings.SettingsError:
         return False  # neither 0 nor 1: the layer reports it and stops the engine
-
-
-def _keep_drafts_within_blocks() -> None:
-    from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
-
-    try:
-        drafts_within_blocks.keep_within()
-    except Exception as problem:  # runs inside the host's import of its own module; replay then refuses such engines
-        _log.warning("gdn_plugin: vLLM's scheduler could not be changed: %s: %s", type(problem).__name__, problem)
 
 
 def _attach_or_stand_down() -> None:

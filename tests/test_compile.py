@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gdn_plugin.ops import ahead
-from gdn_plugin.registry import OPS, Platform, replay
+from gdn_plugin.registry import OPS, Platform, Problem, replay
 from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli import main
 from gdn_plugin.tools.cli.compile import caches
@@ -167,8 +167,8 @@ RINGS = {("replay_decode", 8), ("replay_decode", 16), ("replay_verify", 16)}  # 
 
 def test_an_image_has_replay_where_its_engines_will(tmp_path, monkeypatch):
     drafts = ["--backend", "triton", "--speculative", "3"]
-    measured = {("replay_decode", 16), ("replay_verify", 16)}  # and without, for drafts beside a prefix cache
-    assert listed(tmp_path, monkeypatch, *drafts, "--state-dtype", "bfloat16") == measured | STEPS
+    measured = {("replay_decode", 16), ("replay_verify", 16)}
+    assert listed(tmp_path, monkeypatch, *drafts, "--state-dtype", "bfloat16") == measured
     rows = replay.PREFERENCES[-1:]
     monkeypatch.setattr(replay, "PREFERENCES", rows)
     assert listed(tmp_path, monkeypatch, *drafts) == STEPS
@@ -228,3 +228,13 @@ def test_a_folder_that_is_no_gdn_models(tmp_path, capsys, text, words):
         main(["compile", "--sm", "90", "--model", str(tmp_path)])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and words in said.replace("\n", " ") and "Traceback" not in said
+
+
+def test_an_image_has_what_the_hosts_room_launches(tmp_path, monkeypatch):
+    """Moves of states between blocks, for either model runner; the second time they are found."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    jobs = compilation.host_jobs(Problem("decode", "bfloat16", "bfloat16", 16, 32, 128, 128))
+    for cached in (False, True):
+        rows = [row for _, row in compilation.compile_jobs(Platform.simulated("sm_90"), jobs, 1)]
+        assert len(rows) == 4 and not any(row.error or row.spills for row in rows), rows
+        assert all(row.cached == cached and row.artifact.startswith(str(tmp_path)) for row in rows)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Callable
 from multiprocessing.util import Finalize
 
 import torch
@@ -19,7 +20,8 @@ from gdn_plugin.hosts.core import Core
 from gdn_plugin.ops import ahead
 
 _done: set[tuple[object, ...]] = set()
-_ready = 0  # what `ops.compile_count` said when the last warm-up ended
+_ready = 0  # what `compile_count` said when the last warm-up ended
+_counts: list[Callable[[], int]] = []  # of kernels of hosts' rooms
 
 
 def warm_up(core: Core, device: torch.device, log: logging.Logger) -> None:
@@ -34,7 +36,7 @@ def warm_up(core: Core, device: torch.device, log: logging.Logger) -> None:
     began = time.perf_counter()
     for choice in core.selection.reached():
         ops.warm_up(choice.problem, backend=choice.name, device=device.type)
-    count = ops.compile_count()
+    count = compile_count()
     before = ahead.totals
     log.info(
         "gdn_plugin: warmed up in %.1f s, %d kernels in this process; %d compiled ahead and %d found, awaited %.1f s",
@@ -64,7 +66,18 @@ def warm_up_pool(core: Core, state: Tensor, log: logging.Logger) -> None:
             if choice.request != "auto":
                 raise
             log.warning("gdn_plugin: %s on %s was not compiled ahead: %s", choice.problem.op, choice.name, exc)
-    _ready = ops.compile_count()
+    _ready = compile_count()
+
+
+def compile_count() -> int:
+    """Kernels compiled by this process so far: the ops', and those of the host's room."""
+    return ops.compile_count() + sum(count() for count in _counts)
+
+
+def count_too(count: Callable[[], int]) -> None:
+    """Kernels of a host's room, before they are compiled: `count` says how many are. Idempotent."""
+    if count not in _counts:
+        _counts.append(count)
 
 
 @functools.cache
@@ -72,7 +85,7 @@ def _tell_at_the_end(log: logging.Logger) -> None:
     """From now on: when the process ends in order, say how many kernels serving has compiled. It should be none."""
 
     def tell() -> None:
-        since = ops.compile_count() - _ready
+        since = compile_count() - _ready
         log.log(logging.WARNING if since else logging.INFO, "gdn_plugin: kernels compiled since start-up: %d", since)
 
     Finalize(None, tell, exitpriority=0)  # unlike atexit, in processes of multiprocessing too

@@ -29,7 +29,6 @@ class Preference:
         dtypes: of tokens and of the pool, by name; None = any.
         ratios, dims: value heads a key head, and (K, V), that its kernels are for; None = any.
         triton: the version that they want at least.
-        drafts_with_cache: whether a layer has drafts beside a prefix cache; None = either.
     """
 
     slots: int
@@ -40,11 +39,8 @@ class Preference:
     ratios: tuple[int, ...] | None = None
     dims: tuple[int, int] | None = None
     triton: str | None = None
-    drafts_with_cache: bool | None = None
 
-    def matches(
-        self, platform: Platform, dtypes: tuple[str, str], heads: tuple[int, int, int, int], drafts_with_cache: bool
-    ) -> bool:
+    def matches(self, platform: Platform, dtypes: tuple[str, str], heads: tuple[int, int, int, int]) -> bool:
         num_k_heads, num_v_heads, *dims = heads
         installed = platform.packages.get("triton", "0")
         return (
@@ -53,20 +49,10 @@ class Preference:
             and (self.ratios is None or num_v_heads / num_k_heads in self.ratios)
             and (self.dims is None or self.dims == tuple(dims))
             and (self.triton is None or Version(installed) >= Version(self.triton))
-            and (self.drafts_with_cache is None or self.drafts_with_cache == drafts_with_cache)
         )
 
 
 PREFERENCES: tuple[Preference, ...] = (
-    Preference(
-        0,
-        reason="auto leaves replay off: with drafts beside a prefix cache steps at a block's end have no full CUDA "
-        "graph; GDN_PLUGIN_REPLAY=16 asks for it",
-        source="vLLM 0.33 on one H200, its host busy (2026-11-28), qwen3.5-4b, bf16 state, 3 drafts, 64 sequences of "
-        "930 to 1140 tokens + 160: stock 2.84 to 3.29 s, replay 4.50 to 5.55, of which the device works about 2.3 and "
-        "2.0 (see docs/replay.md)",
-        drafts_with_cache=True,
-    ),
     Preference(
         16,
         reason="auto: on SM 90 an engine's decode of 256 sequences took 0.76 times as long with it, 64 x 4 drafts 0.79",
@@ -126,7 +112,6 @@ def decide(
     heads: tuple[int, int, int, int],
     spec_tokens: int = 0,
     *,
-    prefix_cache: bool = False,
     backends: Mapping[str, str] | None = None,
     obstacle: Callable[[], str | None] | None = None,
 ) -> Replay:
@@ -137,15 +122,13 @@ def decide(
         dtypes: of a layer's tokens and of its states, by name.
         heads: of a layer: (Hk, Hv, K, V).
         spec_tokens: most tokens that a speculative row brings; 0 without speculation. A ring has room for four steps.
-        prefix_cache: whether states are kept for it.
         backends: the request for each phase: one by name must have the op that replay puts in the phase's place.
         obstacle: says why this host, or this mode of it, cannot have replay, or None; asked where replay is wanted.
     """
     if request.value == "0":
         return Replay(0, f"asked for, {request.source}")
     if request.value == "auto":
-        both = bool(spec_tokens) and prefix_cache
-        row = next(row for row in PREFERENCES if row.matches(platform, dtypes, heads, both))
+        row = next(row for row in PREFERENCES if row.matches(platform, dtypes, heads))
         slots, why = row.slots, row.reason
     else:
         slots, why = int(request.value), f"asked for, {request.source}"

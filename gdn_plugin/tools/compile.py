@@ -6,6 +6,7 @@ Triton's kernels compile in processes of their own (`workers` of them), FlashInf
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import os
@@ -13,7 +14,7 @@ import pickle
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from gdn_plugin.tools.compile_flashinfer import ARCHS, arch_list
 
 SMS = (80, 90, 100, 103, 120)
 BACKENDS = ("triton", "flashinfer", "cpu")
+HOST = "vllm"  # in place of a backend's name: what its room launches itself
 
 
 # (backend's name, problem, variant's name)
@@ -136,6 +138,13 @@ class _Pool(ProcessPoolExecutor):
         super().__init__(workers, get_context("spawn"), _begin, (platform.sm, dict(environment)))
 
 
+def host_jobs(problem: Problem) -> list[Job]:
+    """What vLLM's room launches beside the ops: moves of states, for either model runner and any problem."""
+    from gdn_plugin.hosts.vllm.state_moves import VARIANTS
+
+    return [(HOST, problem, name) for names in VARIANTS.values() for name in names]
+
+
 def flashinfer_problems(num_k_heads: int = 16, num_v_heads: int = 32, dtype: str | None = None) -> list[Problem]:
     """What is compiled by default: bf16 with either pool type. fp16 is prefill's alone, fp32 nobody's."""
     from gdn_plugin.tools.compile_flashinfer import problems
@@ -198,6 +207,8 @@ def compile_variant(platform: Platform, backend: str, problem: Problem, name: st
     """In a worker: variants hold functions, so the worker makes its own list and takes one."""
     start = time.perf_counter()
     try:
+        if backend == HOST:
+            return replace(_compile_moves(name, platform), seconds=time.perf_counter() - start)
         (variant,) = (one for one in variants(backend, platform, problem) if one.name == name)
         make = {"triton": _compile_triton, "flashinfer": _compile_flashinfer}[backend]
         row = make(variant, platform)
@@ -208,6 +219,21 @@ def compile_variant(platform: Platform, backend: str, problem: Problem, name: st
 
 
 def _compile_triton(variant: Any, platform: Platform) -> Row:
+    assert platform.sm is not None
+    return _triton_row("triton", variant.name, functools.partial(variant.compile_for, platform.sm))
+
+
+def _compile_moves(name: str, platform: Platform) -> Row:
+    from gdn_plugin.backends.triton.variants import pretended
+    from gdn_plugin.hosts.vllm.patches.align_copies import RING
+    from gdn_plugin.hosts.vllm.state_moves import compile_variant
+
+    assert platform.sm is not None
+    with pretended(platform.sm):
+        return _triton_row(HOST, name, functools.partial(compile_variant, name, RING))
+
+
+def _triton_row(backend: str, name: str, compile_it: Callable[[], Any]) -> Row:
     from triton import knobs
 
     from gdn_plugin.tools.resources import resources
@@ -217,15 +243,14 @@ def _compile_triton(variant: Any, platform: Platform) -> Row:
     def listener(*, metadata_group: Mapping[str, str], cache_hit: bool, **_: Any) -> None:
         heard.append((cache_hit, next((path for path in metadata_group.values() if path.endswith(".json")), "")))
 
-    assert platform.sm is not None
     with knobs.compilation.scope():
         knobs.compilation.listener = listener
-        compiled = variant.compile_for(platform.sm)
+        compiled = compile_it()
     read = resources(compiled.asm["cubin"])
     cached, artifact = heard[-1] if heard else (True, "")
     return Row(
-        "triton", variant.name, 0.0, read.registers if read else None, read.spills if read else None,
-        compiled.metadata.shared, cached=cached, artifact=artifact,
+        backend, name, 0.0, read.registers if read else None, read.spills if read else None, compiled.metadata.shared,
+        cached=cached, artifact=artifact,
     )  # fmt: skip
 
 

@@ -193,6 +193,24 @@ def test_answers_are_stocks(ask, layout: str, mode: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["ngram", "mtp"])
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["V1", "V2"])
+def test_drafts_at_the_ends_of_blocks(ask, runner: str, method: str, kind: str) -> None:
+    """Answers that go past several, and prompts that go on behind them: what decode has filled is found again."""
+    first = [repeated(130 + 17 * i, 5 + 2 * i, 60 + i) for i in range(8)]
+    said, _ = ask("flat", STOCK, rounds=[first], new=700)
+    second = [
+        [*prompt, *answer["tokens"], *tokens(9, 70)] for prompt, answer in zip(first, said["rounds"][0], strict=True)
+    ]
+    stock, _ = ask("flat", STOCK, rounds=[first, second], new=700)
+    llm = drafts(method) | {"enable_prefix_caching": True, "prefix_cache_retention_interval": None}
+    ours, log = ask("flat", {"VLLM_USE_V2_MODEL_RUNNER": runner} | KINDS[kind], rounds=[first, second], new=700, **llm)
+    served(ours, log, kind)
+    agree(ours, stock)
+    assert all(answer["cached_tokens"] > len(prompt) for prompt, answer in zip(first, ours["rounds"][1], strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_preempted_requests_begin_again(ask, kind: str) -> None:
     """Each outgrows its block of attention while others have taken the rest."""
     spy = HOST / "spy_engine.py"

@@ -23,18 +23,15 @@ def main() -> None:
         os.environ.setdefault(key, value)
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    from gdn_plugin import ops
-    from gdn_plugin.hosts import core
+    from gdn_plugin.hosts import core, warm_up
     from gdn_plugin.hosts.vllm import layer
-    from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
-    from gdn_plugin.hosts.vllm.patches.align_copies_on_cpu import _State
+    from gdn_plugin.hosts.vllm.patches.align_copies import _State
 
     job_file, result_file = sys.argv[1:]
     seen: collections.Counter[str] = collections.Counter()
     compiled: list[int] = []
     run, preempt = core.Core.run, Scheduler._preempt_request
-    metadata_of, move = layer.GdnPluginAttention._metadata, _State.copy
-    trimmed = drafts_within_blocks.trimmed
+    metadata_of, move = layer.GdnPluginAttention._metadata, _State.move
 
     def watched(self: Any, batch: Any, *args: Any) -> None:
         if serving["now"]:
@@ -44,7 +41,7 @@ def main() -> None:
                 seen["checkpoints"] += 1
         run(self, batch, *args)
         if serving["now"]:
-            compiled.append(ops.compile_count())
+            compiled.append(warm_up.compile_count())
 
     def preempted(self: Any, *args: Any, **kwargs: Any) -> None:
         seen["preempted"] += 1
@@ -54,11 +51,6 @@ def main() -> None:
         seen["moved from behind drafts" if bias else "moved"] += 1
         move(self, table, source, target, bias)
 
-    def cut(count: int, *args: int) -> int:
-        left = trimmed(count, *args)
-        seen["steps with drafts cut"] += left < count
-        return left
-
     def noticed(self: Any) -> Any:
         metadata = metadata_of(self)
         serving["now"] = metadata is not None
@@ -67,8 +59,7 @@ def main() -> None:
     serving = {"now": False}
     core.Core.run = watched  # type: ignore[method-assign]
     Scheduler._preempt_request = preempted  # type: ignore[method-assign]
-    drafts_within_blocks.trimmed = cut
-    _State.copy = moved  # type: ignore[method-assign]
+    _State.move = moved  # type: ignore[method-assign]
     layer.GdnPluginAttention._metadata = noticed  # type: ignore[method-assign]
     result = run_engine.run_job(json.loads(Path(job_file).read_text()))
     result["seen"] = dict(seen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import random
 import re
 import sys
 from collections.abc import Iterator
@@ -19,8 +18,7 @@ from torch import Tensor
 
 from gdn_plugin.hosts.vllm import compat, patches
 from gdn_plugin.hosts.vllm.metadata import translate
-from gdn_plugin.hosts.vllm.patches import drafts_within_blocks, fresh_speculative_rows, replay_pages, unused_kernels
-from gdn_plugin.hosts.vllm.patches.drafts_within_blocks import trimmed
+from gdn_plugin.hosts.vllm.patches import align_copies, fresh_speculative_rows, replay_pages, unused_kernels
 from gdn_plugin.hosts.vllm.patches.fresh_speculative_rows import has_initial_state, mark_fresh_rows, tell_fresh_rows
 
 FILES = sorted(path for path in Path(patches.__file__).parent.glob("*.py") if path.stem != "__init__")
@@ -475,78 +473,12 @@ def test_pages_that_can_hold_a_ring(model: type[FakeModel], monkeypatch: pytest.
     align = SimpleNamespace(mamba_cache_mode="align")
     drafting = config_of(cache_config=align, speculative_config="mtp")
     for changed in (False, True):
-        monkeypatch.setattr(drafts_within_blocks, "is_in", lambda changed=changed: changed)
+        monkeypatch.setattr(align_copies, "known", lambda changed=changed: changed)
         assert replay_pages.obstacle(config_of(cache_config=align)) is None
         why = replay_pages.obstacle(drafting)
-        assert why is None if changed else str(why).startswith("this vLLM's scheduler does not end drafts")
+        assert why is None if changed else str(why).startswith("this vLLM moves states at a block's end in a way")
     model.get_mamba_specs_from_config = None  # type: ignore[attr-defined]
     assert replay_pages.obstacle(config_of()) == "Model has pages of several kinds"
-
-
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["one-step", "a-step-in-flight"])
-@pytest.mark.parametrize("drafts", [1, 2, 3, 4, 5])
-def test_no_state_is_moved_from_behind_a_draft(drafts: int, asynchronous: bool) -> None:
-    """By the host's own rules (preprocess_mamba, postprocess_mamba), whatever is accepted, wherever a prompt ends."""
-    rng = random.Random(drafts)
-    full = steps = 0
-    for _ in range(200):
-        block = rng.choice([8, 16, 31])
-        start = rng.randint(1, 3 * block)
-        column, accepted, flown, flying = (start - 1) // block, 1, 0, 0
-        for _ in range(60):
-            asked = 1 + rng.choice([drafts, drafts, rng.randint(0, drafts)])
-            # What the scheduler knows: with a step in flight, the start of that one.
-            known, computed = (start + 1, start) if not flying else (flown + 1, flown + flying)
-            count = trimmed(asked, computed, known, flying, block)
-            assert 1 <= count <= asked
-            full, steps = full + (count == asked), steps + 1
-            now = -(-(start + count) // block) - 1
-            assert now == column or accepted == 1, "moved to another block with the drafts of the step before"
-            column, accepted = now, rng.choice([1, count, rng.randint(1, count)])
-            running = start + 1
-            boundary = (running + accepted - 1) // block * block
-            assert boundary <= running, "a block's end among accepted drafts"
-            assert boundary < running or column == boundary // block - 1
-            flown, flying = start, count if asynchronous else 0
-            start += accepted
-    assert full > steps / 3  # of blocks much shorter than a host's
-
-
-class FakeScheduler:
-    def __init__(self, *states: torch.dtype, drafts: int = 3) -> None:
-        """Its pages have conv, a state, and what is named."""
-        specs = [SimpleNamespace(block_size=16, dtypes=(torch.bfloat16, torch.float32, *states))]
-        group = SimpleNamespace(kv_cache_spec=SimpleNamespace(kv_cache_specs=dict(enumerate(specs))))
-        attention = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=4))
-        self.kv_cache_config = SimpleNamespace(kv_cache_groups=[attention, group])
-        self.num_spec_tokens = drafts
-
-    def _mamba_block_aligned_split(self, request: Any, num_new_tokens: int, local: int = 0, external: int = 0) -> int:
-        return num_new_tokens
-
-
-def test_drafts_end_before_a_block_where_its_row_has_a_ring(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Scheduler(FakeScheduler):
-        pass
-
-    monkeypatch.setitem(sys.modules, drafts_within_blocks.MODULE, SimpleNamespace(Scheduler=Scheduler))
-    assert not drafts_within_blocks.is_in()
-    assert drafts_within_blocks.keep_within() and not drafts_within_blocks.keep_within()
-    assert drafts_within_blocks.is_in()
-
-    def sized(scheduler: FakeScheduler, at: int, in_flight: int = 0, local: int = 0) -> int:
-        """A step of four tokens from position `at` + `local`, three of them drafts."""
-        request = SimpleNamespace(
-            num_computed_tokens=at, num_tokens=at + local + 1 - in_flight, num_output_placeholders=in_flight
-        )
-        return scheduler._mamba_block_aligned_split(request, 4, local)
-
-    ring = Scheduler(torch.int32)
-    assert [sized(ring, at) for at in range(10, 18)] == [4, 4, 3, 2, 1, 1, 4, 4]
-    assert [sized(ring, at - 16, local=16) for at in range(26, 34)] == [4, 4, 3, 2, 1, 1, 4, 4]
-    assert [sized(ring, at, in_flight=4) for at in range(10, 20)] == [4, 4, 3, 2, 1, 1, 1, 1, 1, 4]
-    for other in (Scheduler(), Scheduler(torch.float32), Scheduler(torch.int32, drafts=0)):
-        assert [sized(other, at) for at in range(10, 18)] == [4] * 8
 
 
 SERVED = SimpleNamespace(A_log=0, _gdn_core=object(), _gdn_packed=True)

@@ -6,7 +6,6 @@ import importlib.metadata
 import logging
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -59,18 +58,6 @@ def test_no_exception_comes_out(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     plugin.register()
     assert plugin.state() == "standing down"
     assert len(lines(caplog)) == 1 and "disk on fire" in lines(caplog)[0]
-
-
-def test_a_scheduler_that_cannot_be_changed_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """It is changed inside the host's import of it, which must not fail."""
-    from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
-
-    monkeypatch.setitem(sys.modules, drafts_within_blocks.MODULE, SimpleNamespace(Scheduler=object))
-    plugin._keep_drafts_within_blocks()
-    assert len(lines(caplog)) == 1 and "could not be changed: AttributeError" in lines(caplog)[0]
-    assert not drafts_within_blocks.is_in()
 
 
 def test_a_wrong_switch_is_left_to_the_layer(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

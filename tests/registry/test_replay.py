@@ -23,10 +23,6 @@ def test_auto_takes_what_an_engine_was_measured_faster_with(heads, state):
     decision = decide(GPU, AUTO, ("bfloat16", state), heads)
     assert decision.describe().startswith("replay: on, a ring of 16 slots (auto: on SM 90 an engine's decode")
     assert decide(GPU, AUTO, ("bfloat16", state), heads, 6).slots == 24
-    assert decide(GPU, AUTO, ("bfloat16", state), heads, prefix_cache=True).slots == 16
-    both = decide(GPU, AUTO, ("bfloat16", state), heads, 4, prefix_cache=True)
-    assert not both.slots and "with drafts beside a prefix cache steps at a block's end" in both.why
-    assert decide(GPU, ON, ("bfloat16", state), heads, 4, prefix_cache=True).slots == 16
 
 
 @pytest.mark.parametrize(

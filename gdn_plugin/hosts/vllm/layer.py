@@ -31,7 +31,7 @@ from gdn_plugin.hosts.batch import CHECKPOINT_ALIGNMENT
 from gdn_plugin.hosts.core import Core, GatedNorm, Parameters, Ring, Shape, log_once, resolve
 from gdn_plugin.hosts.vllm.metadata import NULL_INDEX, PADDING, batch_of
 from gdn_plugin.hosts.vllm.patches import (
-    align_copies_on_cpu,
+    align_copies,
     fresh_speculative_rows,
     replay_pages,
     saved_models,
@@ -65,6 +65,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         self._gdn_packed = False
         self._gdn_checkpoint_grid: int | None = None
         self._gdn_ring: tuple[Tensor, Ring] | None = None
+        self._gdn_runner = "V2"
         wanted = _requests(vllm_config)
         replay = replay_request(_additional(vllm_config))
         reason = self._left_to_host()
@@ -81,7 +82,6 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             (dtype, state_dtype),
             (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim),
             spec_tokens,
-            prefix_cache=align,
             backends=wanted,
             obstacle=functools.partial(replay_pages.obstacle, vllm_config),
         )
@@ -121,9 +121,9 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         if align:
             self._gdn_checkpoint_grid = CHECKPOINT_ALIGNMENT
             self._checkpoint_alignment = CHECKPOINT_ALIGNMENT  # read by vLLM 0.33's own get_kv_cache_spec
-            if self.num_spec and current_platform.is_cpu():
-                for kernel in align_copies_on_cpu.fill_gap():
-                    log_once(_log, logging.INFO, f"gdn_plugin: {kernel} runs without Triton")
+            if self.num_spec or not current_platform.is_cpu():
+                align_copies.take_over(current_platform.device_type)
+            self._gdn_runner = "V2" if getattr(vllm_config, "use_v2_model_runner", True) else "V1"
 
     def _left_to_host(self) -> str | None:
         """Why the ops cannot serve this layer; None where they can."""
@@ -188,8 +188,11 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """The host's; then the kernels that are compiled for this pool's size, before the host captures graphs."""
         super().bind_kv_cache(kv_cache)
-        if self._gdn_core is not None:
-            warm_up_pool(self._gdn_core, self.kv_cache[1], _log)
+        if self._gdn_core is None:
+            return
+        if self._gdn_checkpoint_grid is not None and kv_cache.is_cuda:
+            align_copies.warm_up(self._gdn_runner)
+        warm_up_pool(self._gdn_core, self.kv_cache[1], _log)
 
     def get_prefill_checkpoint_alignment(self) -> int | None:
         """Asked by vLLM 0.33; see `get_kv_cache_spec`."""
@@ -281,6 +284,11 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             state=state,
             ring=self._ring(),
         )
+
+    @property
+    def gdn_ring_span(self) -> tuple[int, int] | None:
+        """Where a page's ring has its span, for who moves pages; None without a ring."""
+        return replay_pages.span_of(self._ring_parts()) if self.gdn_replay_slots else None
 
     def _ring(self) -> Ring | None:
         """Views that cost 20 us to make, so they are kept with the pool that they are of."""

@@ -146,7 +146,7 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
     return [
         Shape(
             **layer, spec_tokens=tokens, checkpoints=checkpoints, bias_dtype=bias, null_index=0, padding="scratch",
-            replay=_ring(args, layer, tokens, checkpoints),
+            replay=_ring(args, layer, tokens),
         )
         for bias in dict.fromkeys((layer["dtype"], "float32"))  # of dt_bias: models keep it in either
         for tokens in drafts
@@ -154,7 +154,7 @@ def _shapes(args: argparse.Namespace) -> list[Any]:
     ]  # fmt: skip
 
 
-def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int, prefix_cache: bool) -> int:
+def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int) -> int:
     """Slots of a row's ring in an engine, 0 without replay. On a CPU replay is torch's, which compiles nothing."""
     if args.backend == "cpu":
         return 0
@@ -166,7 +166,7 @@ def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int, pre
     heads = tuple(layer[name] for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"))
     platform = Platform.simulated(f"sm_{args.sm}")
     dtypes = layer["dtype"], layer["state_dtype"]
-    return decide(platform, request, dtypes, heads, spec_tokens, prefix_cache=prefix_cache, backends=asked).slots
+    return decide(platform, request, dtypes, heads, spec_tokens, backends=asked).slots
 
 
 def _selected(args: argparse.Namespace, shapes: Sequence[Any]) -> tuple[Platform, list[Selection]]:
@@ -192,6 +192,8 @@ def _engine_rows(platform: Platform, selections: Sequence[Selection], args: argp
     wanted = [ahead.jobs_of(selection.reached(), platform) for selection in selections]
     artifacts: dict[ahead.Job, str] = {}
     every = dict.fromkeys(job for jobs in wanted for job in jobs if not args.op or job[1].op in args.op)
+    if not args.op and every:
+        every |= dict.fromkeys(compilation.host_jobs(next(iter(every))[1]))
     for job, row in compilation.compile_jobs(platform, list(every), args.workers or ahead.usable_processes()):
         if not row.error:
             artifacts[job] = row.artifact

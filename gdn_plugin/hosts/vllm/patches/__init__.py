@@ -2,8 +2,10 @@
 
 # File: (what it is for, when it is applied).
 PATCHES = {
-    "align_copies_on_cpu": ("prefix cache with drafts on a CPU", "when a layer is built in align mode with drafts"),
-    "drafts_within_blocks": ("a ring holds all drafts in one row", "by the entry point; acts with replay and drafts"),
+    "align_copies": (
+        "states at a block's end: replay with drafts, less time, and drafts on a CPU",
+        "when a layer is built in align mode; on a CPU with drafts",
+    ),
     "freed_memory": ("page faults on a CPU", "in the profile run"),
     "fresh_speculative_rows": (
         "a prompt of one token sees no other user's state and no draft",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from gdn_plugin.hosts.core import Ring
-from gdn_plugin.hosts.vllm.patches import drafts_within_blocks
+from gdn_plugin.hosts.vllm.patches import align_copies
 
 _MAMBA_UTILS = "vllm.model_executor.layers.mamba.mamba_utils"
 _SLOTS = "gdn_plugin_replay"  # in additional_config: slots of a ring in this engine's pages
@@ -71,14 +71,21 @@ def ring_of(state: Tensor, parts: Sequence[State]) -> Ring:
     return Ring(*views)
 
 
+def span_of(parts: Sequence[State]) -> tuple[int, int]:
+    """Where the ring's span is in its state: (first word, words)."""
+    *before, (shape, _) = parts
+    first = sum(math.prod(shape) * dtype.itemsize for shape, dtype in before) // torch.int32.itemsize
+    return first, math.prod(shape)
+
+
 def obstacle(vllm_config: Any) -> str | None:
     """Why this engine's pages cannot hold a ring; None where they can."""
     cache = vllm_config.cache_config
     if cache.mamba_cache_mode not in ("none", "align"):
         return f"mamba_cache_mode is {cache.mamba_cache_mode!r}, replay knows 'none' and 'align'"
     drafts = vllm_config.speculative_config is not None
-    if cache.mamba_cache_mode == "align" and drafts and not drafts_within_blocks.is_in():
-        return "this vLLM's scheduler does not end drafts before a block does"
+    if cache.mamba_cache_mode == "align" and drafts and not align_copies.known():
+        return "this vLLM moves states at a block's end in a way that the plugin does not know"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector reads pages as conv and state"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
