@@ -186,6 +186,33 @@ def test_states_of_pages_with_a_ring_are_marked_when_the_host_knows_them(host: S
     assert not context.state_conv_widths.any()
 
 
+class Recorder:
+    """In the kernel's place: the types of a launch's arguments, by name."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, object]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda **arguments: self.warmup(grid=grid, **arguments)
+
+    def warmup(self, *, grid: tuple[int, ...], **arguments: Any) -> None:
+        self.seen.append({name: x.dtype if isinstance(x, Tensor) else type(x) for name, x in arguments.items()})
+
+
+@pytest.mark.parametrize("kind", ["before", "after", "after, V1"])
+def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """A dtype is all that a variant depends on."""
+    from gdn_plugin.hosts.vllm import state_moves
+
+    recorder = Recorder()
+    monkeypatch.setattr(state_moves, "move_states_kernel", recorder)
+    moves.moved(kind, 2, 1, "gpu", ring=True, dim_first=False, dtype=FP32, state_dtype=FP32)
+    when, _, runner = kind.partition(", ")
+    state_moves.compile_variant(f"{when} a step, {runner or 'V2'}", align_copies.RING)
+    launched, compiled = recorder.seen
+    assert launched == compiled
+
+
 @needs_vllm
 def test_the_host_that_is_installed_has_them() -> None:
     assert align_copies.known()

@@ -102,7 +102,7 @@ def step(kind: str, sequences: int, seed: int, device: str = "cpu") -> dict[str,
     slots: list[int] = rng.sample(range(sequences), sequences)
     for left_out in range(0, sequences, 5):
         slots[left_out] = -1
-    mapping = None if kind == "after, V1" else torch.tensor(slots, dtype=torch.int32, device=device)
+    mapping = None if kind == "after, V1" else torch.tensor(slots, dtype=torch.int64, device=device)  # as V2's
     common = {"idx_mapping_ptr": mapping, "num_reqs": max(1, sequences - 1)}
     if kind == "before":
         return common | {

@@ -251,7 +251,7 @@ def compile_variant(name: str, ring: int) -> Any:
     else:
         step |= {"accepted_ptr": ints, "computed_ptr": ints, "accepted_out_ptr": ints}
         step |= {"scheduled_ptr": of_v1, "drafts_ptr": of_v1}
-    arguments = _arguments(states, None if v1 else ints, ring, **step, block_size=1, num_sequences=1)
+    arguments = _arguments(states, None if v1 else longs, ring, **step, block_size=1, num_sequences=1)
     return move_states_kernel.warmup(grid=(1,), **arguments)
 
 
