@@ -35,9 +35,9 @@ demo: $(READY)  ## a real vLLM engine on this CPU: stock, then with the plugin, 
 	@echo; echo "a trained model (examples/recall), 40 held-out questions to stock vLLM and to the plugin (a minute) ..."
 	@$(BIN)/gdn-plugin accuracy --prompts 40 --backend stock,torch --mode plain
 
-# The server's crowd stays for two minutes; pytest alone keeps it for one.
+# Two files at a time: most wait for one thread of an engine. The server's crowd stays for two minutes; pytest alone keeps it for one.
 test: $(READY)  ## every test (CI runs this)
-	@SERVER_TEST_SECONDS=$${SERVER_TEST_SECONDS:-120} $(BIN)/python -m pytest
+	@SERVER_TEST_SECONDS=$${SERVER_TEST_SECONDS:-120} $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-quick: $(READY)  ## the tests that need no engine and little time
 	@$(BIN)/python -m pytest -m "not engine and not slow"
