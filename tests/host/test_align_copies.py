@@ -133,6 +133,7 @@ def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     kernels = {name: SimpleNamespace(arg_names=[*names, "A"]) for name, names in align_copies._KERNELS.items()}
     made = SimpleNamespace(**kernels, MambaSpecDecodeGPUContext=Context)
+    monkeypatch.setattr(align_copies, "_hosts_own", {})
     monkeypatch.setitem(sys.modules, align_copies._MODULE, made)
     monkeypatch.setitem(sys.modules, "vllm.triton_utils", SimpleNamespace(HAS_TRITON=False))
     monkeypatch.setitem(sys.modules, "vllm.triton_utils.dispatcher", SimpleNamespace(KernelOverride=Override))
@@ -144,6 +145,11 @@ def test_the_hosts_kernels_are_replaced_once(host: SimpleNamespace, device_type:
     originals = [getattr(host, name) for name in align_copies._KERNELS]
     assert align_copies.known() and align_copies.take_over(device_type) and not align_copies.take_over(device_type)
     assert [getattr(host, name).kernel for name in align_copies._KERNELS] == originals
+    initialize = host.MambaSpecDecodeGPUContext.initialize_from_forward_context
+    align_copies.give_back()
+    assert [getattr(host, name) for name in align_copies._KERNELS] == originals
+    assert align_copies.take_over(device_type)
+    assert host.MambaSpecDecodeGPUContext.initialize_from_forward_context is initialize
 
 
 def test_a_cpu_with_triton_keeps_the_hosts_kernels(host: SimpleNamespace) -> None:
@@ -223,3 +229,26 @@ def test_what_the_tests_move_is_guarded() -> None:
     there = world(ring=True, dim_first=False, dtype=FP32, state_dtype=FP32, sequences=2, seed=1)
     for pool, table in zip(there.pools, there.tables, strict=True):
         assert int(table[:, : moves.COLUMNS].min()) > 0 and int(table.max()) < len(pool) - 2
+
+
+@needs_vllm
+@pytest.mark.parametrize(("slots", "drafts", "stays"), [(0, 0, True), (0, 3, True), (16, 0, True), (16, 3, False)])
+def test_a_kernel_that_cannot_be_compiled(
+    monkeypatch: pytest.MonkeyPatch, slots: int, drafts: int, stays: bool
+) -> None:
+    """The host's move every page right but those with a ring behind drafts."""
+    from gdn_plugin.hosts.vllm.layer import GdnPluginAttention
+
+    def broken(runner: str) -> None:
+        raise RuntimeError(f"no compiler for {slots} {drafts}")
+
+    given_back = []
+    monkeypatch.setattr(align_copies, "warm_up", broken)
+    monkeypatch.setattr(align_copies, "give_back", lambda: given_back.append(True))
+    layer: Any = SimpleNamespace(gdn_replay_slots=slots, num_spec=drafts, _gdn_runner="V2")
+    if stays:
+        GdnPluginAttention._warm_up_moves(layer)
+    else:
+        with pytest.raises(RuntimeError, match="no compiler"):
+            GdnPluginAttention._warm_up_moves(layer)
+    assert given_back == [True] * stays

@@ -191,8 +191,18 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         if self._gdn_core is None:
             return
         if self._gdn_checkpoint_grid is not None and kv_cache.is_cuda:
-            align_copies.warm_up(self._gdn_runner)
+            self._warm_up_moves()
         warm_up_pool(self._gdn_core, self.kv_cache[1], _log)
+
+    def _warm_up_moves(self) -> None:
+        """The kernel that moves states between cache blocks; where it cannot be compiled the host's stay."""
+        try:
+            align_copies.warm_up(self._gdn_runner)
+        except Exception as problem:  # a compiler may raise anything
+            if self.gdn_replay_slots and self.num_spec:  # which the host's would move wrongly
+                raise
+            align_copies.give_back()
+            log_once(_log, logging.WARNING, f"gdn_plugin: vLLM's own kernels move states between blocks: {problem}")
 
     def get_prefill_checkpoint_alignment(self) -> int | None:
         """Asked by vLLM 0.33; see `get_kv_cache_spec`."""

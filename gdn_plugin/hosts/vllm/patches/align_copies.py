@@ -49,6 +49,8 @@ _KERNELS = {
 
 Call = dict[str, Any]  # a launch's arguments, by the host's names
 
+_hosts_own: dict[str, Any] = {}  # kernels that were replaced
+
 
 def known() -> bool:
     """Whether the host has these two kernels, with the arguments that are known here, and what launches them."""
@@ -75,9 +77,12 @@ def take_over(device_type: str) -> bool:
     for (name, names), run in zip(_KERNELS.items(), runs, strict=True):
         # As the host's own register_kernels does it; that one also searches every module for copies of the kernel,
         # trips over objects it does not expect there, and these two are only used where they are defined.
-        setattr(host, name, dispatcher.KernelOverride(getattr(host, name), _replacement(names, run)))
+        _hosts_own[name] = getattr(host, name)
+        setattr(host, name, dispatcher.KernelOverride(_hosts_own[name], _replacement(names, run)))
     context = getattr(host, _CONTEXT)
     initialize = context.initialize_from_forward_context
+    if hasattr(initialize, "_gdn_plugin"):  # from before they were given back
+        return True
 
     @functools.wraps(initialize)
     def initialize_and_mark(self: Any, kv_cache_config: Any, forward_context: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,8 +91,16 @@ def take_over(device_type: str) -> bool:
         if first:
             mark(self, forward_context.values())
 
+    initialize_and_mark._gdn_plugin = True  # type: ignore[attr-defined]
     context.initialize_from_forward_context = initialize_and_mark
     return True
+
+
+def give_back() -> None:
+    """The host's kernels in their places again: right for every page but those with a ring and drafts."""
+    host = importlib.import_module(_MODULE)
+    while _hosts_own:
+        setattr(host, *_hosts_own.popitem())
 
 
 def mark(context: Any, layers: Iterable[Any]) -> None:
@@ -115,9 +128,15 @@ def mark(context: Any, layers: Iterable[Any]) -> None:
 
 @functools.cache
 def warm_up(runner: str) -> None:
-    """Compile what `take_over` put in on a GPU for a model runner, "V1" or "V2". Once a process."""
+    """Compile what `take_over` put in on a GPU for a model runner, "V1" or "V2". Once a process.
+
+    Raises:
+        Whatever the compiler raises.
+    """
     from gdn_plugin.hosts.vllm.state_moves import VARIANTS, compile_count, compile_variant
 
+    if not _hosts_own:
+        return
     count_too(compile_count)
     for name in VARIANTS[runner]:
         # Asked for, the launcher loads the machine code onto the device.
