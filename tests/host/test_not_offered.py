@@ -49,6 +49,17 @@ def test_the_host_refuses(ask, name: str, words: str, environment: dict[str, str
 
 
 @pytest.mark.engine
+def test_heads_that_do_not_divide_are_refused_by_the_host(ask) -> None:
+    """Three ranks, in the same words with the plugin and without: before a layer is built."""
+    said = []
+    for name, environment in (("stock", STOCK), ("plugin", {})):
+        job = {"environment": TWO_WORKERS | environment, "tensor_parallel_size": 3, "fails": True}
+        _, log = ask(f"refused-heads-{name}", MIXED, **job, **BF16)
+        said.append([line for line in log.splitlines() if "must be divisible by tensor parallel size (3)" in line])
+    assert said[0] and said[0] == said[1], said
+
+
+@pytest.mark.engine
 @pytest.mark.slow
 def test_the_host_refuses_two_eager_stages(ask, two_stages: str) -> None:
     _, log = ask(
