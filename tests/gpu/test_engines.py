@@ -275,6 +275,14 @@ def test_short_prompts_in_recycled_blocks(
     assert ("gdn_plugin: replay: on" in log) == (kind == "replay")
     assert result["seen"]["poisoned"] > 0
     assert bool(result["seen"]["tails of one token"]) == cache
+    if eager:  # else steps with drafts are a graph's, in which nobody looks
+        assert result["seen"]["fresh speculative rows"] > 0
+    for prompt, alone, companies in zip(job["prompts"], result["alone"], result["in company"], strict=True):
+        assert all(map(math.isfinite, alone["logprobs"]))
+        for said in companies:
+            close(said, alone)
+            if prompt in primed:
+                assert said["cached"] == 960
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -143,7 +143,11 @@ def host(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 def test_the_hosts_kernels_are_replaced_once(host: SimpleNamespace, device_type: str) -> None:
     originals = [getattr(host, name) for name in align_copies._KERNELS]
-    assert align_copies.known() and align_copies.take_over(device_type) and not align_copies.take_over(device_type)
+    assert (
+        align_copies.can_take_over(device_type)
+        and align_copies.take_over(device_type)
+        and not align_copies.take_over(device_type)
+    )
     assert [getattr(host, name).kernel for name in align_copies._KERNELS] == originals
     initialize = host.MambaSpecDecodeGPUContext.initialize_from_forward_context
     align_copies.give_back()
@@ -154,7 +158,33 @@ def test_the_hosts_kernels_are_replaced_once(host: SimpleNamespace, device_type:
 
 def test_a_cpu_with_triton_keeps_the_hosts_kernels(host: SimpleNamespace) -> None:
     sys.modules["vllm.triton_utils"].HAS_TRITON = True  # type: ignore[attr-defined]
-    assert not align_copies.take_over("cpu")
+    assert not align_copies.can_take_over("cpu") and not align_copies.take_over("cpu")
+    assert align_copies.can_take_over("cuda")
+
+
+def test_kernels_that_somebody_else_has_replaced_stay(host: SimpleNamespace) -> None:
+    """Then nobody moves a page with a ring behind drafts, and replay must not be had there."""
+    name = list(align_copies._KERNELS)[1]
+    setattr(host, name, Override(getattr(host, name), None))
+    before = dict(vars(host))
+    assert not align_copies.can_take_over("cuda") and not align_copies.take_over("cuda")
+    assert vars(host) == before
+
+
+def test_kernels_given_back_are_compiled_when_they_are_taken_again(
+    host: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gdn_plugin.hosts.vllm import state_moves
+
+    compiled: list[str] = []
+    monkeypatch.setattr(align_copies, "_warm", set())
+    monkeypatch.setattr(state_moves, "compile_variant", lambda name, ring: compiled.append(name))
+    align_copies.warm_up("V2")
+    assert not compiled  # the host's kernels are in their places
+    align_copies.take_over("cuda")
+    for _ in range(2):
+        align_copies.warm_up("V2")
+    assert compiled == list(state_moves.VARIANTS["V2"])
 
 
 @pytest.mark.parametrize("change", ["gone", "other arguments", "no context"])
@@ -167,7 +197,8 @@ def test_a_host_with_other_kernels_is_left_alone(host: SimpleNamespace, change: 
     else:
         del host.MambaSpecDecodeGPUContext
     before = dict(vars(host))
-    assert not align_copies.known() and not align_copies.take_over("cpu") and not align_copies.take_over("cuda")
+    for device_type in ("cpu", "cuda"):
+        assert not align_copies.can_take_over(device_type) and not align_copies.take_over(device_type)
     assert vars(host) == before
 
 
@@ -221,7 +252,7 @@ def test_what_is_compiled_is_what_is_launched(monkeypatch: pytest.MonkeyPatch, k
 
 @needs_vllm
 def test_the_host_that_is_installed_has_them() -> None:
-    assert align_copies.known()
+    assert align_copies.can_take_over("cuda")
 
 
 def test_what_the_tests_move_is_guarded() -> None:

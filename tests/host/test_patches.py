@@ -465,20 +465,20 @@ def test_a_class_derived_from_one_that_has_room(model: type[FakeModel], monkeypa
     ],
 )
 def test_pages_that_cannot_hold_a_ring(model: type[FakeModel], changed: dict[str, Any], why: str) -> None:
-    assert str(replay_pages.obstacle(config_of(**changed))).startswith(why)
+    assert str(replay_pages.obstacle(config_of(**changed), "cuda")).startswith(why)
 
 
 def test_pages_that_can_hold_a_ring(model: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert replay_pages.obstacle(config_of()) is None
+    assert replay_pages.obstacle(config_of(), "cuda") is None
     align = SimpleNamespace(mamba_cache_mode="align")
     drafting = config_of(cache_config=align, speculative_config="mtp")
     for changed in (False, True):
-        monkeypatch.setattr(align_copies, "known", lambda changed=changed: changed)
-        assert replay_pages.obstacle(config_of(cache_config=align)) is None
-        why = replay_pages.obstacle(drafting)
+        monkeypatch.setattr(align_copies, "can_take_over", lambda device_type, changed=changed: changed)
+        assert replay_pages.obstacle(config_of(cache_config=align), "cuda") is None
+        why = replay_pages.obstacle(drafting, "cuda")
         assert why is None if changed else str(why).startswith("this vLLM moves states at a block's end in a way")
     model.get_mamba_specs_from_config = None  # type: ignore[attr-defined]
-    assert replay_pages.obstacle(config_of()) == "Model has pages of several kinds"
+    assert replay_pages.obstacle(config_of(), "cuda") == "Model has pages of several kinds"
 
 
 SERVED = SimpleNamespace(A_log=0, _gdn_core=object(), _gdn_packed=True)

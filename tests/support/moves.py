@@ -100,7 +100,7 @@ def step(kind: str, sequences: int, seed: int, device: str = "cpu") -> dict[str,
         return torch.tensor([make() for _ in range(sequences)], dtype=torch.int32, device=device)
 
     slots: list[int] = rng.sample(range(sequences), sequences)
-    for left_out in range(0, sequences, 5):
+    for left_out in range(0, sequences if sequences > 1 else 0, 5):
         slots[left_out] = -1
     mapping = None if kind == "after, V1" else torch.tensor(slots, dtype=torch.int64, device=device)  # as V2's
     common = {"idx_mapping_ptr": mapping, "num_reqs": max(1, sequences - 1)}

@@ -38,6 +38,10 @@ def test_as_on_a_cpu(kind: str, ring: bool, dim_first: bool, dtype: torch.dtype,
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_sequence(kind: str) -> None:
     facts: dict[str, Any] = {"ring": True, "dim_first": False, "dtype": torch.float16, "state_dtype": torch.float16}
+    some = False
     for seed in range(6):
         here, there = (moved(kind, 1, seed, on, **facts) for on in ("gpu", "cpu"))
         assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+        before = world(sequences=1, seed=seed, **facts).pools
+        some |= any(not torch.equal(a, b) for a, b in zip(before, there, strict=False))
+    assert some, "nothing was moved"

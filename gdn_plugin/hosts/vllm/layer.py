@@ -83,7 +83,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             (self.num_k_heads, self.num_v_heads, self.head_k_dim, self.head_v_dim),
             spec_tokens,
             backends=wanted,
-            obstacle=functools.partial(replay_pages.obstacle, vllm_config),
+            obstacle=functools.partial(replay_pages.obstacle, vllm_config, current_platform.device_type),
         )
         level = logging.WARNING if decision.refused else logging.INFO
         log_once(_log, level, f"gdn_plugin: {decision.describe()}")

@@ -49,31 +49,36 @@ _KERNELS = {
 
 Call = dict[str, Any]  # a launch's arguments, by the host's names
 
-_hosts_own: dict[str, Any] = {}  # kernels that were replaced
+_hosts_own: dict[str, Any] = {}  # kernels that are replaced
+_warm: set[str] = set()  # model runners whose variants are compiled
 
 
-def known() -> bool:
-    """Whether the host has these two kernels, with the arguments that are known here, and what launches them."""
+def can_take_over(device_type: str) -> bool:
+    """Whether `take_over` puts the change in, or has: the host has these two kernels, with the arguments that are known
+    here, nobody else has replaced them, and on a CPU they do not run in Triton."""
+    if device_type == "cpu" and importlib.import_module("vllm.triton_utils").HAS_TRITON:
+        return False
     host = importlib.import_module(_MODULE)
-    return hasattr(host, _CONTEXT) and all(
+    known = hasattr(host, _CONTEXT) and all(
         tuple(_arguments(getattr(host, name, None)))[: len(names)] == names for name, names in _KERNELS.items()
     )
+    if not known or _hosts_own:
+        return known
+    override = importlib.import_module("vllm.triton_utils.dispatcher").KernelOverride
+    return not any(isinstance(getattr(host, name), override) for name in _KERNELS)
 
 
 def take_over(device_type: str) -> bool:
-    """Put the change in; idempotent. Nothing is changed where the host has other kernels, or Triton on a CPU.
+    """Put the change in, where that can be; idempotent.
 
     Returns:
         Whether the host was changed by this call.
     """
-    on_cpu = device_type == "cpu"
-    if (on_cpu and importlib.import_module("vllm.triton_utils").HAS_TRITON) or not known():
+    if _hosts_own or not can_take_over(device_type):
         return False
     host = importlib.import_module(_MODULE)
     dispatcher = importlib.import_module("vllm.triton_utils.dispatcher")
-    if isinstance(getattr(host, next(iter(_KERNELS))), dispatcher.KernelOverride):
-        return False
-    runs = (_before_on_cpu, _after_on_cpu) if on_cpu else (_before_on_gpu, _after_on_gpu)
+    runs = (_before_on_cpu, _after_on_cpu) if device_type == "cpu" else (_before_on_gpu, _after_on_gpu)
     for (name, names), run in zip(_KERNELS.items(), runs, strict=True):
         # As the host's own register_kernels does it; that one also searches every module for copies of the kernel,
         # trips over objects it does not expect there, and these two are only used where they are defined.
@@ -126,7 +131,6 @@ def mark(context: Any, layers: Iterable[Any]) -> None:
             context.state_conv_widths[i] = WHOLE
 
 
-@functools.cache
 def warm_up(runner: str) -> None:
     """Compile what `take_over` put in on a GPU for a model runner, "V1" or "V2". Once a process.
 
@@ -135,12 +139,13 @@ def warm_up(runner: str) -> None:
     """
     from gdn_plugin.hosts.vllm.state_moves import VARIANTS, compile_count, compile_variant
 
-    if not _hosts_own:
+    if not _hosts_own or runner in _warm:
         return
     count_too(compile_count)
     for name in VARIANTS[runner]:
         # Asked for, the launcher loads the machine code onto the device.
         getattr(compile_variant(name, RING), "run", None)
+    _warm.add(runner)
 
 
 def _replacement(names: tuple[str, ...], run: Callable[[Call], None]) -> Callable[..., None]:

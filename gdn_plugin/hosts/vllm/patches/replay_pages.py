@@ -78,13 +78,13 @@ def span_of(parts: Sequence[State]) -> tuple[int, int]:
     return first, math.prod(shape)
 
 
-def obstacle(vllm_config: Any) -> str | None:
+def obstacle(vllm_config: Any, device_type: str) -> str | None:
     """Why this engine's pages cannot hold a ring; None where they can."""
     cache = vllm_config.cache_config
     if cache.mamba_cache_mode not in ("none", "align"):
         return f"mamba_cache_mode is {cache.mamba_cache_mode!r}, replay knows 'none' and 'align'"
     drafts = vllm_config.speculative_config is not None
-    if cache.mamba_cache_mode == "align" and drafts and not align_copies.known():
+    if cache.mamba_cache_mode == "align" and drafts and not align_copies.can_take_over(device_type):
         return "this vLLM moves states at a block's end in a way that the plugin does not know"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector reads pages as conv and state"
