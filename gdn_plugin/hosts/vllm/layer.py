@@ -65,7 +65,6 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         self._gdn_packed = False
         self._gdn_checkpoint_grid: int | None = None
         self._gdn_ring: tuple[Tensor, Ring] | None = None
-        self._gdn_runner = "V2"
         wanted = _requests(vllm_config)
         replay = replay_request(_additional(vllm_config))
         reason = self._left_to_host()
