@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-from gdn_plugin.backends.triton import workspace
+from gdn_plugin.backends.triton import staged, workspace
 from gdn_plugin.backends.triton.configs import FEW_HEADS, Tile
 from gdn_plugin.backends.triton.launch import launch_count
-from gdn_plugin.backends.triton.replay import TILES
+from gdn_plugin.backends.triton.replay import STAGINGS, TILES
 from gdn_plugin.backends.triton.replay import run as replay_step
 from gdn_plugin.backends.triton.replay import run_fold as replay_fold
 from gdn_plugin.ops.cases import Heads, replay_decode_case, replay_fold_case, replay_verify_case
@@ -131,6 +131,16 @@ def test_many_heads_take_the_other_tile():
     few, many = (TILES.tile(90, BF16, count, 64, 64) for count in (1, FEW_HEADS))
     assert few != many
     check(partial(replay_step, config=many), replay_decode_case(3, Heads(2, 4, 64, 64), BF16, BF16))
+
+
+@pytest.mark.parametrize(
+    ("sequences", "k_heads", "expected"), [(3, 16, False), (4, 16, True), (7, 8, False), (8, 8, True)]
+)
+def test_with_an_fp32_state_128_heads_are_staged(monkeypatch, sequences, k_heads, expected):
+    """Below 256 too, where eight sequences on two ranks ran the other kernel, a third slower."""
+    monkeypatch.setattr(staged, "device_sm", lambda device: 90)
+    state = torch.empty(1, 2 * k_heads, 128, 128, device="meta")
+    assert (STAGINGS.staging(state, sequences, k_heads) is not None) == expected
 
 
 def test_one_launch():

@@ -358,6 +358,9 @@ TILES = Tiles(
 # -, -, 35, 123; fp32 64/2/4 -, -, 63, 227; 32/2/4 -, 8.7, 63, 229. replay_verify at 1x4, 8x4, 64x4 (one accepted),
 # 64x6, 64x8: bf16 64/2/4 8.0, 11.7, 51; past four tokens, see `step_options`, 123 and 148; fp32 64/2/4 16, 22, 96;
 # 128/1/8 13, 19, 117. The tiles above in the same runs, 64x4 to 64x8: bf16 193, 259, 328; fp32 208.
+# fp32 with few heads, by (sequence, value head) pairs, the tiles above against 64/2/4: replay_decode 32 6.2 and 7.7, 64
+# 7.5 and 8.2 to 8.6, 128 11.9 to 12.5 and 8.4 to 8.9, 256 11.4 and 9.0; replay_verify of four tokens 32 11.3 and 15.7,
+# 64 20 to 21 and 17 to 22, 128 38 and 20 to 23 (heads of one rank, of two and of four; H100).
 _HALF = (Staging(64, 2, 4), Staging(64, 2, 4), Staging(64, 2, 4))
 STAGINGS = Stagings(
     {
@@ -365,7 +368,8 @@ STAGINGS = Stagings(
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
         (90, 128, 128, "float32"): (None, Staging(64, 2, 4), Staging(64, 2, 4)),
-    }
+    },
+    some=128,
 )
 
 

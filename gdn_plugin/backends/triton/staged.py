@@ -37,6 +37,7 @@ Bytes and operations are those that the other files state.
 # ruff: noqa: RUF005 - Triton has no unpacking of tuples
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,10 +49,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from gdn_plugin.backends.triton import gates
-from gdn_plugin.backends.triton.configs import FEW_HEADS, Table
+from gdn_plugin.backends.triton.configs import FEW_HEADS, Key, Table
 from gdn_plugin.backends.triton.launch import counted, device_sm
 
-MANY_HEADS = 1024  # (sequence, value head) pairs from which a call has "many"; FEW_HEADS, from which "some"
+MANY_HEADS = 1024  # (sequence, value head) pairs from which a call has "many"
 MOST_TOKENS = 8  # a sequence; more are not unrolled
 MOST_SLOTS = 32  # of a ring, which a thread has in registers
 
@@ -76,8 +77,18 @@ class Staging:
     num_warps: int
 
 
-class Stagings(Table[tuple[Staging | None, Staging | None, Staging | None]]):
-    """(for few heads, for some, for many), by the state's dtype; None where the other kernel is no slower."""
+Row = tuple[Staging | None, Staging | None, Staging | None]
+
+
+class Stagings(Table[Row]):
+    """(for few heads, for some, for many), by the state's dtype; None where the other kernel is no slower.
+
+    some: (sequence, value head) pairs from which a call has "some".
+    """
+
+    def __init__(self, rows: Mapping[Key, Row], some: int = FEW_HEADS) -> None:
+        super().__init__(rows)
+        self.some = some
 
     def staging(
         self, state: Tensor, num_sequences: int, num_k_heads: int, others: tuple[Tensor, ...] = ()
@@ -93,7 +104,7 @@ class Stagings(Table[tuple[Staging | None, Staging | None, Staging | None]]):
             return None
         if any(x.data_ptr() % 16 or x.stride(0) % 16 for x in (state, *others)):
             return None  # a copy is of 16 bytes; Triton tells alignment by 16 elements
-        return self.lookup(device_sm(state.device), K, V, state.dtype)[(heads >= FEW_HEADS) + (heads >= MANY_HEADS)]
+        return self.lookup(device_sm(state.device), K, V, state.dtype)[(heads >= self.some) + (heads >= MANY_HEADS)]
 
 
 @gluon.jit
