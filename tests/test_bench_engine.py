@@ -11,6 +11,7 @@ from gdn_plugin.tools import models
 from gdn_plugin.tools.bench import engine, rounds
 from gdn_plugin.tools.cli import main
 from gdn_plugin.tools.cli.values import BadArguments
+from gdn_plugin.tools.vllm_engine import OWN_PROCESS
 
 ROOT = Path(__file__).parents[1]
 OURS = "gdn_plugin.hosts.vllm.layer.GdnPluginAttention"
@@ -70,7 +71,8 @@ def engines(monkeypatch):
         fails = agrees = interrupts = None
         rings = True
 
-        def __call__(self, job, folder, environment, *, hub):
+        def __call__(self, job, folder, environment, *, hub, as_served):
+            assert not as_served  # a CPU has no cores for it
             stock = environment["GDN_PLUGIN_DISABLE"] == "1"
             ring = int(environment.get("GDN_PLUGIN_REPLAY", 0))
             name = "stock" if stock else "replay" if ring else "plugin"
@@ -144,6 +146,15 @@ def test_tensor_parallel_engines(engines, tmp_path, capsys):
     assert "tensor parallel 2" in capsys.readouterr().out
 
 
+def test_with_the_prefix_cache_past_the_ends_of_blocks(engines, capsys):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    arguments = ["bench", "--engine", "--rounds", "blocks", "--turns", "1"]
+    assert main([*arguments, "--prefix-cache"]) == 0 and "prefix cache" in capsys.readouterr().out
+    assert main(arguments) == 0 and "prefix cache" not in capsys.readouterr().out
+    assert [job["llm"]["enable_prefix_caching"] for _, job in engines.jobs] == [True, True, False, False]
+    assert all(job["llm"]["speculative_config"]["method"] == "mtp" for _, job in engines.jobs)
+
+
 def test_more_gpus_than_there_are(monkeypatch):
     pytest.importorskip("vllm", reason="vllm is not installed")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
@@ -208,10 +219,14 @@ def test_made_up_weights_are_the_same_in_every_process_and_matter():
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)  # three starts of an engine
-def test_a_real_run(tmp_path, capsys):
+def test_a_real_run(monkeypatch, tmp_path, capsys):
+    """As on a GPU, with the engine's core in a process of its own."""
     pytest.importorskip("vllm", reason="vllm is not installed")
+    for name, value in OWN_PROCESS.items():
+        monkeypatch.setenv(name, value)
     out = tmp_path / "engine.json"
-    arguments = ["--rounds", "few", "--turns", "1", "--repeats", "1", "--replay", "8", "--json", str(out)]
+    arguments = ["--turns", "1", "--repeats", "1", "--replay", "8", "--prefix-cache", "--json", str(out)]
+    arguments += ["--rounds", "few"]
     assert main(["bench", "--engine", "--model", "tiny", *arguments]) == 0, capsys.readouterr().err
     data = json.loads(out.read_text())
     stock, plugin, replay = data["engines"]

@@ -13,6 +13,7 @@ result holds what that returns, `layers`, `rings` (slots of each layer's ring, 0
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -30,6 +31,8 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine core in this process: one start less, and layers can be seen
 }
+# In place of that: the core in a process of its own, to which functions are sent by name.
+OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -98,4 +101,5 @@ def main() -> None:
 if __name__ == "__main__":
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    main()
+    # As a module with a name: of __main__, which is another one in the engine's process, nothing could be sent there.
+    importlib.import_module("gdn_plugin.tools.vllm_engine").main()

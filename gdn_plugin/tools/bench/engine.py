@@ -48,6 +48,12 @@ ROUNDS = {
     "mixed": Round("long prompts beside short ones", ((24, 4096, 64), (64, 128, 128)), ((2, 1024, 16), (6, 32, 32))),
     "ngram": Round("answers with n-gram drafts", ((64, 32, 128),), ((4, 32, 32),), "ngram"),
     "mtp": Round("answers with the model's own drafts", ((64, 32, 128),), ((4, 32, 32),), "mtp"),
+    "blocks": Round(
+        "the same, past the ends of a cache's blocks",
+        tuple((8, length, 160) for length in range(930, 1170, 30)),
+        tuple((1, length, 32) for length in (500, 530)),
+        "mtp",
+    ),
 }
 DEFAULT_ROUNDS = ("prefill", "decode", "few")
 
@@ -65,6 +71,7 @@ class Plan:
         repeats: how often each round is timed in each engine.
         replay: slots of the ring of a third kind of engine; 0 for none.
         tensor_parallel: GPUs of an engine (on a CPU: processes).
+        prefix_cache: as a server has it by default; prompts have nothing in common.
     """
 
     model: str
@@ -77,6 +84,7 @@ class Plan:
     cuda: bool
     replay: int = 0
     tensor_parallel: int = 1
+    prefix_cache: bool = False
 
     @property
     def engines(self) -> dict[str, dict[str, str]]:
@@ -136,8 +144,9 @@ def main(plan: Plan, out: Path | None, picture: Path | None) -> int:
 
     facts = report.machine("cuda" if plan.cuda else "cpu")
     print(textwrap.fill(", ".join(f"{key} {value}" for key, value in facts.items()), 80))
-    parallel = f", tensor parallel {plan.tensor_parallel}" if plan.tensor_parallel > 1 else ""
-    print(f"model {plan.model}, {plan.dtype}{parallel}; {plan.repeats} times each round, {plan.turns} engines each")
+    more = f", tensor parallel {plan.tensor_parallel}" if plan.tensor_parallel > 1 else ""
+    more += ", prefix cache" if plan.prefix_cache else ""
+    print(f"model {plan.model}, {plan.dtype}{more}; {plan.repeats} times each round, {plan.turns} engines each")
     if plan.replay:
         print(f"  replay: the plugin with a ring of {plan.replay}; plugin: without one")
     for name in plan.rounds:
@@ -195,7 +204,7 @@ def _engine(
         "max_model_len": max(plan.longest, 1024),
         "max_num_seqs": max(sum(count for count, _, _ in plan.mix(one)) for one in rounds),
         "max_num_batched_tokens": 16384 if plan.cuda else 2048,
-        "enable_prefix_caching": False,
+        "enable_prefix_caching": plan.prefix_cache,
         "skip_tokenizer_init": True,
         "enforce_eager": not plan.cuda,  # a CPU would spend most of the run on compiling
     }
@@ -221,7 +230,7 @@ def _engine(
     if name != "stock" and stock is not None:
         job["bench"] |= {"expected": stock["said"], "noise": stock["noise"]}
     try:
-        found = _run(job, folder, plan.engines[name], hub=size is None)
+        found = _run(job, folder, plan.engines[name], hub=size is None, as_served=plan.cuda)
     except RuntimeError as problem:
         return row | {"trouble": f"the engine ended: {problem}"}
     row |= found
@@ -239,15 +248,21 @@ def _engine(
     return row
 
 
-def _run(job: dict[str, Any], folder: Path, environment: dict[str, str], *, hub: bool) -> dict[str, Any]:
+def _run(
+    job: dict[str, Any], folder: Path, environment: dict[str, str], *, hub: bool, as_served: bool
+) -> dict[str, Any]:
+    """as_served: with the engine's core in a process of its own, as a server has it; else its steps wait for what is
+    done with answers."""
     from gdn_plugin.tools.accuracy.run import last_error
-    from gdn_plugin.tools.vllm_engine import ENVIRONMENT
+    from gdn_plugin.tools.vllm_engine import ENVIRONMENT, OWN_PROCESS
 
     job_file, result_file, log_file = (folder / file for file in ("job.json", "result.json", "engine.log"))
     result_file.unlink(missing_ok=True)
     job_file.write_text(json.dumps(job), encoding="utf-8")
     # What is not on this disk may be fetched, if the caller's environment does not say otherwise.
     usual = {name: value for name, value in ENVIRONMENT.items() if not (hub and name == "HF_HUB_OFFLINE")}
+    if as_served:
+        usual |= OWN_PROCESS
     command = [sys.executable, "-m", "gdn_plugin.tools.vllm_engine", str(job_file), str(result_file)]
     with log_file.open("w") as log:
         try:
@@ -296,6 +311,7 @@ def _data(plan: Plan, facts: dict[str, str], engines: Sequence[dict[str, Any]]) 
         "drafts": plan.drafts,
         "tensor_parallel": plan.tensor_parallel,
         "replay": plan.replay,
+        "prefix_cache": plan.prefix_cache,
         "rounds": {name: plan.mix(name) for name in plan.rounds},
         "summary": summary(plan, engines),
         "engines": [{key: value for key, value in engine.items() if key != "said"} for engine in engines],

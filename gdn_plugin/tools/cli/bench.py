@@ -25,7 +25,7 @@ MIXES = {
 # Whom `contenders.OTHERS` knows; a test holds the two together, so that --help need not import torch.
 OTHERS = ("vllm", "transformers", "fla", "flashinfer-as-vllm", "flashinfer-raw")
 
-ENGINE_ONLY = ("model", "rounds", "speculative", "replay", "tensor_parallel", "turns", "repeats")
+ENGINE_ONLY = ("model", "rounds", "speculative", "replay", "tensor_parallel", "prefix_cache", "turns", "repeats")
 OPS_ONLY = ("op", "phase", "backend", "against", "mix", "graph")
 
 
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--replay", type=slots, metavar="R", help="also the plugin with GDN_PLUGIN_REPLAY=R (then the other has 0)"
     )
     group.add_argument("--tensor-parallel", type=count, metavar="N", help="GPUs of each engine (1)")
+    group.add_argument("--prefix-cache", action="store_true", default=None, help="with vLLM's prefix cache")
     group.add_argument("--turns", type=count, metavar="N", help="engines of each kind (2, so that a drift shows)")
     group.add_argument("--repeats", type=count, metavar="N", help="of each round in each engine (3)")
 
@@ -198,7 +199,7 @@ def _engine(args: argparse.Namespace) -> int:
     cuda = torch.cuda.is_available()
     rounds = args.rounds or engine.DEFAULT_ROUNDS
     if args.speculative and not any(engine.ROUNDS[name].speculation for name in rounds):
-        raise BadArguments("--speculative: none of these rounds has drafts; --rounds ngram or mtp has")
+        raise BadArguments("--speculative: none of these rounds has drafts; --rounds ngram, mtp or blocks has")
     plan = engine.Plan(
         model=("qwen3.5-4b" if cuda else "tiny") if args.model is None else args.model,
         rounds=rounds,
@@ -210,5 +211,6 @@ def _engine(args: argparse.Namespace) -> int:
         cuda=cuda,
         replay=args.replay or 0,
         tensor_parallel=args.tensor_parallel or 1,
+        prefix_cache=bool(args.prefix_cache),
     )
     return engine.main(plan, args.json, args.plot)
