@@ -147,6 +147,57 @@ def vllm_cpu_decode(case: Case) -> Call:
     return call
 
 
+def _one_row_later(pool: Tensor) -> Tensor:
+    """The pool with the row in front of it, which a case's pools have: vLLM's row 0 is nobody's."""
+    return pool.as_strided((pool.shape[0] + 1, *pool.shape[1:]), pool.stride(), pool.storage_offset() - pool.stride(0))
+
+
+def vllm_fused_verify(case: Case) -> Call:
+    """vLLM 0.33's step of speculative rows on CUDA, as its layer calls it: convolution, then the rest in one kernel."""
+    vllm_ops = _need("vllm._custom_ops", "it is compared where a vLLM for CUDA is installed")
+    conv1d = _need("vllm.model_executor.layers.mamba.ops.causal_conv1d", "as above")
+    w = _layer(case)
+    if not w.z.is_cuda:
+        raise Unavailable("vLLM's kernels for speculative rows need a GPU")
+    rows = w.state_indices + 1
+    conv_state, state = _one_row_later(w.conv_state), _one_row_later(w.state)
+    mixed = torch.empty_like(w.mixed_qkv)
+
+    def call() -> tuple[Tensor, ...]:
+        conv1d.causal_conv1d_update(
+            w.mixed_qkv,
+            conv_state,
+            w.conv_weight,
+            None,
+            "silu",
+            conv_state_indices=rows[:, 0],
+            num_accepted_tokens=w.num_accepted_tokens,
+            query_start_loc=w.cu_seqlens,
+            max_query_len=rows.shape[1],
+            out=mixed,
+        )
+        vllm_ops.fused_gdn_decode_post_conv_mtp(
+            mixed_qkv=mixed,
+            a=w.a,
+            b=w.b,
+            A_log=w.A_log,
+            dt_bias=w.dt_bias,
+            state_indices=rows,
+            cu_seqlens=w.cu_seqlens,
+            num_accepted_tokens=w.num_accepted_tokens,
+            state=state,
+            output_gate=w.z,
+            norm_weight=w.norm_weight,
+            out=w.out,
+            scale=w.scale,
+            norm_eps=w.norm_eps,
+            output_gate_activation=w.gate,
+        )
+        return (w.out,)
+
+    return call
+
+
 def fla_prefill(case: Case) -> Call:
     """flash-linear-attention's chunked kernels with state gathered and scattered around them, as vLLM's Triton path."""
     fla = _need("fla.ops.gated_delta_rule", "pip install fla-core")
@@ -262,7 +313,7 @@ def flashinfer_raw(case: Case) -> Call:
 
 # name on the command line -> op -> maker
 OTHERS: dict[str, dict[str, Maker]] = {
-    "vllm": {"prefill": vllm_cpu_prefill, "decode": vllm_cpu_decode},
+    "vllm": {"prefill": vllm_cpu_prefill, "decode": vllm_cpu_decode, "fused_verify": vllm_fused_verify},
     "transformers": {"prefill": transformers_prefill},
     "fla": {"prefill": fla_prefill, "decode": fla_decode},
     "flashinfer-as-vllm": {"prefill": flashinfer_as_vllm},
