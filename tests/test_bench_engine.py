@@ -155,6 +155,20 @@ def test_with_the_prefix_cache_past_the_ends_of_blocks(engines, capsys):
     assert all(job["llm"]["speculative_config"]["method"] == "mtp" for _, job in engines.jobs)
 
 
+def test_a_round_that_waits_for_the_host_shows():
+    plan = engine.Plan("tiny", ("few",), 3, "bfloat16", "", 1, 1, cuda=True)
+    found = [
+        {"engine": name, "speculation": "", "layers": [], "seconds": {"few": [3.0, 3.1, 9.0]}, "compiled": [1, 1],
+         "kernels": {"few": {kernel: [1.0, us], "gemm": [1.0, 50.0]}}, "device_s": {"few": seconds}}
+        for name, kernel, us, seconds in (("stock", "theirs", 190.0, 2.9), ("plugin", "ours", 120.0, 2.25))
+    ]  # fmt: skip
+    shown = engine._text(plan, found)
+    assert "alike in all: 50.0" in shown
+    assert "stock: 190.0; the device works 2.90 of 3.10 s" in shown
+    assert "plugin: 120.0; the device works 2.25 of 3.10 s" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_more_gpus_than_there_are(monkeypatch):
     pytest.importorskip("vllm", reason="vllm is not installed")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)

@@ -354,14 +354,17 @@ def _text(plan: Plan, engines: Sequence[dict[str, Any]]) -> str:
 def _kernels(plan: Plan, name: str, engines: Sequence[dict[str, Any]]) -> list[str]:
     from gdn_plugin.tools.bench.rounds import own_kernels
 
-    found = {
-        side: next((rows[name] for rows in reversed(_of(side, "kernels", engines)) if name in rows), None)
-        for side in plan.engines
-    }
-    own, shared = own_kernels({side: rows for side, rows in found.items() if rows})
+    def last(key: str, side: str) -> Any:
+        return next((rows[name] for rows in reversed(_of(side, key, engines)) if name in rows), None)
+
+    own, shared = own_kernels({side: rows for side in plan.engines if (rows := last("kernels", side))})
     lines = [f"{name}: us on the device, a step's share of one GDN layer; alike in all: {shared:.1f}"]
     for side, rows in own.items():
-        lines.append(f"  {side}: {sum(us for _, us in rows.values()):.1f}")
+        # Where all kernels together take less than the round, its steps wait for the host.
+        took, worked = _median(last("seconds", side)), last("device_s", side)
+        lines.append(
+            f"  {side}: {sum(us for _, us in rows.values()):.1f}; the device works {worked:.2f} of {took:.2f} s"
+        )
         longest = sorted(rows.items(), key=lambda row: -row[1][1])
         lines += [f"    {us:8.1f}  {calls:6.2f} x  {kernel[:56]}" for kernel, (calls, us) in longest[:10]]
     return lines

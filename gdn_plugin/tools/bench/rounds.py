@@ -84,8 +84,8 @@ def run(engine: Any, sampling: Callable[..., Any], layers: int, job: Mapping[str
             that is to agree with another, `expected` and `noise` of that one.
     Returns:
         `check` (an Agreement, with `ok`) or `said` and `noise`; and, unless they disagree, `seconds` {round: [..]},
-        `compiled` (kernels held before and after the rounds, of all ranks; None for stock), `kernels`
-        {round: {name: [calls, us]}} of one layer's step, on the first GPU.
+        `compiled` (kernels held before and after the rounds, of all ranks; None for stock), and of the first GPU
+        `kernels` {round: {name: [calls, us]}} of one layer's step and `device_s` {round: seconds of all kernels}.
     """
     if job.get("randomise"):
         engine.apply_model(randomise)
@@ -120,7 +120,9 @@ def run(engine: Any, sampling: Callable[..., Any], layers: int, job: Mapping[str
             seconds[name].append(ask(mix, 100 * repeat + number))
     result |= {"seconds": seconds, "compiled": [before, _held(engine)]}
     if torch.cuda.is_available():
-        result["kernels"] = {name: _profile(engine, partial(ask, mix, 1), layers) for name, mix in rounds.items()}
+        found = {name: _profile(engine, partial(ask, mix, 1), layers) for name, mix in rounds.items()}
+        result["kernels"] = {name: kernels for name, (kernels, _) in found.items()}
+        result["device_s"] = {name: device_s for name, (_, device_s) in found.items()}
     return result
 
 
@@ -197,8 +199,11 @@ def _stop_profile(_: torch.nn.Module) -> list[tuple[str, int, float]]:
     return [(event.key, event.count, event.self_device_time_total) for event in profiler.key_averages()]
 
 
-def _profile(engine: Any, call: Callable[[], object], layers: int) -> dict[str, list[float]]:
-    """{kernel: [calls, microseconds]} of one step's share of a GDN layer, longest first; of the first rank."""
+def _profile(engine: Any, call: Callable[[], object], layers: int) -> tuple[dict[str, list[float]], float]:
+    """{kernel: [calls, microseconds]} of one step's share of a GDN layer, longest first; seconds of them all.
+
+    Of the first rank.
+    """
     steps = 0
     step = engine.llm_engine.step
 
@@ -221,7 +226,7 @@ def _profile(engine: Any, call: Callable[[], object], layers: int) -> dict[str, 
             calls[name] += count
             total[name] += us
     each = max(1, steps * layers)
-    return {name: [calls[name] / each, us / each] for name, us in total.most_common()}
+    return {name: [calls[name] / each, us / each] for name, us in total.most_common()}, total.total() / 1e6
 
 
 def own_kernels(
