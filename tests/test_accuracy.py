@@ -136,10 +136,20 @@ def test_table_and_json_say_the_same_and_fit_eighty_columns():
         "[rank0]: Traceback\n[rank0]: TypeError: no subscript\n",
         "ValueError: earlier\n(EngineCore pid=7) ERROR 11-23 14:20:01 [core.py:12] TypeError: no subscript\nbye\n",
         "(MainProcess pid=7) INFO 11-23 14:20:01 [core.py:12] Error: but only said\nTypeError: no subscript",
+        "(EngineCore pid=8) TypeError: no subscript\n(EngineCore pid=8) bye\n"
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}",
+        "(EngineCore pid=8) ERROR 11-23 14:20:01 [core.py:12] TypeError: no subscript\n"
+        "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above)",
     ],
 )
 def test_the_last_error_of_a_log_is_found_behind_vllms_prefixes(log):
     assert last_error(log) == "TypeError: no subscript"
+
+
+def test_an_error_of_another_process_that_logged_none():
+    assert (
+        last_error("RuntimeError: failed. See root cause above.\nbye") == "RuntimeError: failed. See root cause above."
+    )
 
 
 def test_the_committed_model_is_small_and_remembers():

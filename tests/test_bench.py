@@ -84,6 +84,13 @@ def test_every_op_has_a_call(op, wants):
     assert op in bench.MIXES
 
 
+def test_rows_for_vllm_are_one_later():
+    """Its row 0 is nobody's: the one in front of the pool, which holds nothing."""
+    pool = run.inputs("fused_verify", Heads(1, 2, 64, 64), (2, 2), "bfloat16", "float32", "cpu").pools["state"].view
+    later = contenders._one_row_later(pool)
+    assert later[1:].data_ptr() == pool.data_ptr() and later.stride() == pool.stride() and later[0].isnan().all()
+
+
 def test_what_bench_is_told_of_is_there():
     assert tuple(contenders.OTHERS) == bench.OTHERS
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gdn_plugin.tools import models
 from gdn_plugin.tools.bench import engine, rounds
@@ -72,7 +74,7 @@ def engines(monkeypatch):
         rings = True
 
         def __call__(self, job, folder, environment, *, hub, as_served):
-            assert not as_served  # a CPU has no cores for it
+            assert not as_served  # on a CPU
             stock = environment["GDN_PLUGIN_DISABLE"] == "1"
             ring = int(environment.get("GDN_PLUGIN_REPLAY", 0))
             name = "stock" if stock else "replay" if ring else "plugin"
@@ -148,11 +150,58 @@ def test_tensor_parallel_engines(engines, tmp_path, capsys):
 
 def test_with_the_prefix_cache_past_the_ends_of_blocks(engines, capsys):
     pytest.importorskip("vllm", reason="vllm is not installed")
-    arguments = ["bench", "--engine", "--rounds", "blocks", "--turns", "1"]
-    assert main([*arguments, "--prefix-cache"]) == 0 and "prefix cache" in capsys.readouterr().out
-    assert main(arguments) == 0 and "prefix cache" not in capsys.readouterr().out
+    arguments = ["bench", "--engine", "--turns", "1", "--rounds"]
+    assert main([*arguments, "mtp,blocks", "--prefix-cache"]) == 0 and "prefix cache" in capsys.readouterr().out
+    assert main([*arguments, "mtp"]) == 0 and "prefix cache" not in capsys.readouterr().out
     assert [job["llm"]["enable_prefix_caching"] for _, job in engines.jobs] == [True, True, False, False]
     assert all(job["llm"]["speculative_config"]["method"] == "mtp" for _, job in engines.jobs)
+    assert main([*arguments, "blocks"]) == 2 and "--prefix-cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cuda", "said", "own"), [(True, None, True), (True, "0", False), (False, None, False), (False, "1", True)]
+)
+def test_on_a_gpu_the_core_has_a_process_of_its_own(monkeypatch, tmp_path, cuda, said, own):
+    if said is None:
+        monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING", raising=False)
+    else:
+        monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", said)
+    plan = engine.Plan("tiny", ("few",), 3, "bfloat16", "", 1, 1, cuda=cuda)
+    assert plan.as_served == own
+    seen = {}
+
+    def run(command, *, log, environment, timeout):
+        seen.update(environment)
+        Path(command[-1]).write_text("{}")
+        return 0
+
+    monkeypatch.setattr(engine.child, "run", run)
+    engine._run({}, tmp_path, {}, hub=False, as_served=plan.as_served)
+    assert seen["VLLM_ENABLE_V1_MULTIPROCESSING"] == str(int(own))
+    assert (seen.get("VLLM_ALLOW_INSECURE_SERIALIZATION") == "1") == own
+
+
+def test_rounds_have_no_prompt_in_common():
+    """A prefix cache would find it, and the profile would be of less work than the seconds."""
+    asked = []
+
+    class Engine:
+        llm_engine = SimpleNamespace(model_config=SimpleNamespace(get_vocab_size=lambda: 1000), step=None)
+
+        def generate(self, prompts, sampling, use_tqdm):
+            asked.append({tuple(prompt["prompt_token_ids"][:8]) for prompt in prompts})
+            return []
+
+        def apply_model(self, function):
+            return [[]] if function is rounds._stop_profile else [None]
+
+    job = {"rounds": {"one": [(2, 8, 1)], "two": [(2, 9, 1)]}, "repeats": 2, "expected": [], "noise": 0.0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "answers", lambda *a, **k: [])
+        patch.setattr(rounds, "compare", lambda *a: rounds.Agreement(0.0, 1.0, 0, 0, 0.0))
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        rounds.run(Engine(), SimpleNamespace, 1, job)
+    assert len(asked) == 2 + 2 * 2 + 2 and len(set().union(*asked)) == 2 * len(asked)
 
 
 def test_a_round_that_waits_for_the_host_shows():
@@ -216,8 +265,6 @@ def test_sizes_without_weights_are_configurations(name, tmp_path):
 
 
 def test_made_up_weights_are_the_same_in_every_process_and_matter():
-    import torch
-
     def model():
         made = torch.nn.Module()
         made.linear_attn = torch.nn.Module()

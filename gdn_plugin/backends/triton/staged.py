@@ -83,11 +83,13 @@ Row = tuple[Staging | None, Staging | None, Staging | None]
 class Stagings(Table[Row]):
     """(for few heads, for some, for many), by the state's dtype; None where the other kernel is no slower.
 
-    some: (sequence, value head) pairs from which a call has "some".
+    some: (sequence, value head) pairs from which a call has "some"; at most FEW_HEADS, for which kernels are compiled
+        ahead.
     """
 
     def __init__(self, rows: Mapping[Key, Row], some: int = FEW_HEADS) -> None:
         super().__init__(rows)
+        assert some <= FEW_HEADS
         self.some = some
 
     def staging(

@@ -25,6 +25,8 @@ INTERPRETER = "triton.interpreter"  # the fact of a platform by which kernels fo
 ALTERNATIVES = 5
 # What vLLM and torch put before a line: "(EngineCore pid=7) ERROR 11-23 14:20:01 [core.py:12] ", "[rank0]: ".
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ [\d-]+ [\d:]+ \[[^\]]*\] )?(\[rank\d+\]: ?)?")
+# What a process says of an error in another one.
+_ELSEWHERE = re.compile(r"EngineDeadError|See root cause above|See stack trace \(above\)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,11 +222,14 @@ def _in_process(job: dict[str, Any], environment: dict[str, str], name: str, tim
 
 
 def last_error(log: str) -> str:
-    """The last line of a log that names an error."""
+    """The last line of a log that names an error, of the process in which it happened where there are several."""
+    elsewhere = ""
     for line in reversed(log.splitlines()):
         text = _PREFIX.sub("", line).strip()
         head = text.partition(":")[0]
         named = head.replace(".", "").isidentifier() and head.endswith(("Error", "Exception"))
         if named and text != head:
-            return text
-    return "the engine ended without a result"
+            if not _ELSEWHERE.search(text):
+                return text
+            elsewhere = elsewhere or text
+    return elsewhere or "the engine ended without a result"

@@ -154,8 +154,9 @@ def _one_row_later(pool: Tensor) -> Tensor:
 
 def vllm_fused_verify(case: Case) -> Call:
     """vLLM 0.33's step of speculative rows on CUDA, as its layer calls it: convolution, then the rest in one kernel."""
-    vllm_ops = _need("vllm._custom_ops", "it is compared where a vLLM for CUDA is installed")
-    conv1d = _need("vllm.model_executor.layers.mamba.ops.causal_conv1d", "as above")
+    hint = "it is compared where a vLLM for CUDA is installed"
+    vllm_ops = _need("vllm._custom_ops", hint)
+    conv1d = _need("vllm.model_executor.layers.mamba.ops.causal_conv1d", hint)
     w = _layer(case)
     if not w.z.is_cuda:
         raise Unavailable("vLLM's kernels for speculative rows need a GPU")

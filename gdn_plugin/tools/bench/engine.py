@@ -49,7 +49,7 @@ ROUNDS = {
     "ngram": Round("answers with n-gram drafts", ((64, 32, 128),), ((4, 32, 32),), "ngram"),
     "mtp": Round("answers with the model's own drafts", ((64, 32, 128),), ((4, 32, 32),), "mtp"),
     "blocks": Round(
-        "the same, past the ends of a cache's blocks",
+        "own drafts past the ends of a prefix cache's blocks",
         tuple((8, length, 160) for length in range(930, 1170, 30)),
         tuple((1, length, 32) for length in (500, 530)),
         "mtp",
@@ -101,10 +101,25 @@ class Plan:
 
     @property
     def longest(self) -> int:
-        return max(length + new for name in self.rounds for _, length, new in self.mix(name))
+        """Tokens of a sequence, drafts behind its end among them."""
+        return max(
+            length + new + self.drafts * bool(ROUNDS[name].speculation)
+            for name in self.rounds
+            for _, length, new in self.mix(name)
+        )
+
+    @property
+    def as_served(self) -> bool:
+        """Whether the engine's core has a process of its own, as under a server: on a GPU, if nobody says otherwise.
+
+        In one process a step waits for what is done with the answers of the one before.
+        """
+        return os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING", str(int(self.cuda))) == "1"
 
     def check(self) -> None:
         """Raises BadArguments for what can be told to be wrong without an engine."""
+        if "blocks" in self.rounds and not self.prefix_cache:
+            raise BadArguments("--rounds blocks: its blocks are those of --prefix-cache")
         if importlib.util.find_spec("vllm") is None:
             raise BadArguments("--engine: vLLM is not installed")
         if not self.model:
@@ -146,6 +161,7 @@ def main(plan: Plan, out: Path | None, picture: Path | None) -> int:
     print(textwrap.fill(", ".join(f"{key} {value}" for key, value in facts.items()), 80))
     more = f", tensor parallel {plan.tensor_parallel}" if plan.tensor_parallel > 1 else ""
     more += ", prefix cache" if plan.prefix_cache else ""
+    more += ", the core in a process of its own" if plan.as_served else ""
     print(f"model {plan.model}, {plan.dtype}{more}; {plan.repeats} times each round, {plan.turns} engines each")
     if plan.replay:
         print(f"  replay: the plugin with a ring of {plan.replay}; plugin: without one")
@@ -230,7 +246,7 @@ def _engine(
     if name != "stock" and stock is not None:
         job["bench"] |= {"expected": stock["said"], "noise": stock["noise"]}
     try:
-        found = _run(job, folder, plan.engines[name], hub=size is None, as_served=plan.cuda)
+        found = _run(job, folder, plan.engines[name], hub=size is None, as_served=plan.as_served)
     except RuntimeError as problem:
         return row | {"trouble": f"the engine ended: {problem}"}
     row |= found
@@ -251,8 +267,6 @@ def _engine(
 def _run(
     job: dict[str, Any], folder: Path, environment: dict[str, str], *, hub: bool, as_served: bool
 ) -> dict[str, Any]:
-    """as_served: with the engine's core in a process of its own, as a server has it; else its steps wait for what is
-    done with answers."""
     from gdn_plugin.tools.accuracy.run import last_error
     from gdn_plugin.tools.vllm_engine import ENVIRONMENT, OWN_PROCESS
 
@@ -312,6 +326,7 @@ def _data(plan: Plan, facts: dict[str, str], engines: Sequence[dict[str, Any]]) 
         "tensor_parallel": plan.tensor_parallel,
         "replay": plan.replay,
         "prefix_cache": plan.prefix_cache,
+        "as_served": plan.as_served,
         "rounds": {name: plan.mix(name) for name in plan.rounds},
         "summary": summary(plan, engines),
         "engines": [{key: value for key, value in engine.items() if key != "said"} for engine in engines],

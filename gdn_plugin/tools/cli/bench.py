@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", metavar="MODEL", help="a folder, a hub's name, or a size by name (qwen3.5-4b; without a GPU: tiny)"
     )
     group.add_argument("--rounds", type=names(_rounds), help="joined by commas (prefill,decode,few)")
-    group.add_argument("--speculative", type=count, metavar="N", help="drafts a step of rounds ngram and mtp (3)")
+    group.add_argument("--speculative", type=count, metavar="N", help="drafts a step, in rounds that have some (3)")
     group.add_argument(
         "--replay", type=slots, metavar="R", help="also the plugin with GDN_PLUGIN_REPLAY=R (then the other has 0)"
     )
