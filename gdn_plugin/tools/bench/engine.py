@@ -162,7 +162,8 @@ def main(plan: Plan, out: Path | None, picture: Path | None) -> int:
     more = f", tensor parallel {plan.tensor_parallel}" if plan.tensor_parallel > 1 else ""
     more += ", prefix cache" if plan.prefix_cache else ""
     more += ", the core in a process of its own" if plan.as_served else ""
-    print(f"model {plan.model}, {plan.dtype}{more}; {plan.repeats} times each round, {plan.turns} engines each")
+    heading = f"model {plan.model}, {plan.dtype}{more}; {plan.repeats} times each round, {plan.turns} engines each"
+    print(textwrap.fill(heading, 80))
     if plan.replay:
         print(f"  replay: the plugin with a ring of {plan.replay}; plugin: without one")
     for name in plan.rounds:
