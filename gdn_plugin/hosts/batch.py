@@ -75,7 +75,8 @@ def plan_checkpoints(
     if every % CHECKPOINT_ALIGNMENT:
         raise ValueError(f"checkpoint offsets must be multiples of {CHECKPOINT_ALIGNMENT}, got {list(offsets)}")
     device = cu_seqlens.device
-    sequences, kept = torch.tensor(wanted, dtype=torch.int64).to(device, non_blocking=True).unbind(1)
+    listed = torch.tensor(wanted, dtype=torch.int64, pin_memory=device.type == "cuda")  # else the copy waits
+    sequences, kept = listed.to(device, non_blocking=True).unbind(1)
     starts = cu_seqlens.to(torch.int64)
     cu_starts = torch.zeros_like(starts)
     torch.cumsum(starts.diff() // every, 0, out=cu_starts[1:])

@@ -352,7 +352,7 @@ RING_SHAPES, RING_DTYPES = ((8 * 2 * 16 // 2 + 8 * 4 * 8 + 8 * 4 + 2 * 2,),), (t
 
 def config_of(**changed: Any) -> SimpleNamespace:
     facts = {
-        "cache_config": SimpleNamespace(mamba_cache_mode="none"),
+        "cache_config": SimpleNamespace(mamba_cache_mode="none", prefix_match_unit=None),
         "speculative_config": None,
         "kv_transfer_config": None,
         "parallel_config": SimpleNamespace(pipeline_parallel_size=1),
@@ -371,6 +371,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> type[FakeModel]:
     monkeypatch.setitem(sys.modules, "vllm.model_executor.models", SimpleNamespace(ModelRegistry=registry))
     copying = SimpleNamespace(is_conv_state_dim_first=lambda: False, get_temporal_copy_spec="plain")
     monkeypatch.setitem(sys.modules, replay_pages._MAMBA_UTILS, copying)
+    monkeypatch.setitem(sys.modules, replay_pages._MAMBA, SimpleNamespace())
     return Model
 
 
@@ -458,6 +459,7 @@ def test_a_class_derived_from_one_that_has_room(model: type[FakeModel], monkeypa
     ("changed", "why"),
     [
         ({"cache_config": SimpleNamespace(mamba_cache_mode="all")}, "mamba_cache_mode is 'all'"),
+        ({"cache_config": SimpleNamespace(mamba_cache_mode="align", prefix_match_unit=48)}, "prefix_match_unit is 48"),
         ({"kv_transfer_config": "nixl"}, "a KV connector"),
         ({"parallel_config": SimpleNamespace(pipeline_parallel_size=2)}, "a pipeline stage"),
         ({"additional_config": "text"}, "additional_config is no dict"),
@@ -468,9 +470,20 @@ def test_pages_that_cannot_hold_a_ring(model: type[FakeModel], changed: dict[str
     assert str(replay_pages.obstacle(config_of(**changed), "cuda")).startswith(why)
 
 
+@pytest.mark.parametrize(("host", "divides"), [({}, 16), ({"get_mamba_prefill_checkpoint_alignment": None}, 64)])
+def test_units_that_divide_every_block(
+    model: type[FakeModel], monkeypatch: pytest.MonkeyPatch, host: dict[str, Any], divides: int
+) -> None:
+    monkeypatch.setitem(sys.modules, replay_pages._MAMBA, SimpleNamespace(**host))
+    for unit in (1, 16, 32, 64, 128):
+        aligned = SimpleNamespace(mamba_cache_mode="align", prefix_match_unit=unit)
+        refused = replay_pages.obstacle(config_of(cache_config=aligned), "cuda") is not None
+        assert refused == (unit > divides)
+
+
 def test_pages_that_can_hold_a_ring(model: type[FakeModel], monkeypatch: pytest.MonkeyPatch) -> None:
     assert replay_pages.obstacle(config_of(), "cuda") is None
-    align = SimpleNamespace(mamba_cache_mode="align")
+    align = SimpleNamespace(mamba_cache_mode="align", prefix_match_unit=None)
     drafting = config_of(cache_config=align, speculative_config="mtp")
     for changed in (False, True):
         monkeypatch.setattr(align_copies, "can_take_over", lambda device_type, changed=changed: changed)

@@ -14,7 +14,6 @@ REGISTRY_MODULE = "vllm.model_executor.custom_op"
 
 _METADATA_MODULE = "vllm.v1.attention.backends.gdn_attn"
 _MAMBA_UTILS = "vllm.model_executor.layers.mamba.mamba_utils"
-_SCHEDULER_MODULE = "vllm.v1.core.sched.scheduler"
 _INTERFACES = "vllm.model_executor.models.interfaces"
 
 NEEDS: tuple[Need, ...] = (
@@ -123,29 +122,6 @@ NEEDS: tuple[Need, ...] = (
         "get_mamba_state_copy_funcs",
         parameters=("cls", "mamba_types"),
     ),
-    Need(
-        _SCHEDULER_MODULE,
-        "Scheduler",
-        "patched with replay: how many drafts a step has",
-        "_mamba_block_aligned_split",
-        parameters=(
-            *("self", "request", "num_new_tokens"),
-            *("num_new_local_computed_tokens", "num_external_computed_tokens"),
-        ),
-    ),
-    Need(
-        _SCHEDULER_MODULE,
-        "Scheduler",
-        "replay: what pages the scheduler's layers have",
-        fields=("kv_cache_config", "num_spec_tokens"),
-    ),
-    Need(
-        "vllm.v1.request",
-        "Request",
-        "replay: where a request's drafts begin",
-        fields=("num_computed_tokens", "num_output_placeholders"),
-    ),
-    Need("vllm.v1.request", "Request", "replay: where a request's drafts begin", "num_tokens"),
     Need(
         "vllm.model_executor.layers.mamba.checkpoint",
         "MambaPrefillCheckpointMetadata",

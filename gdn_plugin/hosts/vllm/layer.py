@@ -45,6 +45,8 @@ from gdn_plugin.registry import decide, probe, replay_request, requests
 # Below vLLM's own logger, so that its handlers and its level apply.
 _log = logging.getLogger("vllm.gdn_plugin")
 
+_RING = "_gdn_plugin_ring"  # on the pool of a page's last state: views of its parts
+
 
 class GdnPluginAttention(QwenGatedDeltaNetAttention):
     """Gated Delta Net attention on gdn_plugin's ops.
@@ -64,7 +66,6 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         self._gdn_core: Core | None = None
         self._gdn_packed = False
         self._gdn_checkpoint_grid: int | None = None
-        self._gdn_ring: tuple[Tensor, Ring] | None = None
         wanted = _requests(vllm_config)
         replay = replay_request(_additional(vllm_config))
         reason = self._left_to_host()
@@ -119,7 +120,7 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
             fresh_speculative_rows.mark_fresh_rows()
         if align:
             self._gdn_checkpoint_grid = CHECKPOINT_ALIGNMENT
-            self._checkpoint_alignment = CHECKPOINT_ALIGNMENT  # read by vLLM 0.33's own get_kv_cache_spec
+            self._checkpoint_alignment = CHECKPOINT_ALIGNMENT  # what vLLM 0.33 asks the layer for
             if self.num_spec or not current_platform.is_cpu():
                 align_copies.take_over(current_platform.device_type)
             self._gdn_runner = "V2" if getattr(vllm_config, "use_v2_model_runner", True) else "V1"
@@ -202,10 +203,6 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
                 raise
             align_copies.give_back()
             log_once(_log, logging.WARNING, f"gdn_plugin: vLLM's own kernels move states between blocks: {problem}")
-
-    def get_prefill_checkpoint_alignment(self) -> int | None:
-        """Asked by vLLM 0.33; see `get_kv_cache_spec`."""
-        return self._gdn_checkpoint_grid
 
     def _forward_plugin(self, hidden_states: Tensor) -> Tensor:
         """Projections, the opaque core, output projection: the same path on CPU and GPU."""
@@ -300,13 +297,18 @@ class GdnPluginAttention(QwenGatedDeltaNetAttention):
         return replay_pages.span_of(self._ring_parts()) if self.gdn_replay_slots else None
 
     def _ring(self) -> Ring | None:
-        """Views that cost 20 us to make, so they are kept with the pool that they are of."""
+        """Views that cost 20 us to make, kept by the pool, so that they go with it.
+
+        vLLM drops the pool that it profiles graphs on, and then makes the real one of the memory that is free.
+        """
         if not self.gdn_replay_slots:
             return None
         pool = self.kv_cache[2]
-        if self._gdn_ring is None or self._gdn_ring[0] is not pool:
-            self._gdn_ring = pool, replay_pages.ring_of(pool, self._ring_parts())
-        return self._gdn_ring[1]
+        ring: Ring | None = getattr(pool, _RING, None)
+        if ring is None:
+            ring = replay_pages.ring_of(pool, self._ring_parts())
+            setattr(pool, _RING, ring)
+        return ring
 
     def _warmup_prefill_kernels(self, qkv_or_qkvz: Tensor, v_dim: int) -> None:
         """Compile every kernel that serving can reach, in the profile run: before the caches and before capture."""

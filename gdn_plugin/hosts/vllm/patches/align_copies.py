@@ -15,6 +15,7 @@ Retires:  with the first vLLM whose moves know states of other kinds; none yet.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -94,7 +95,8 @@ def take_over(device_type: str) -> bool:
         first = not self.is_initialized
         initialize(self, kv_cache_config, forward_context, *args, **kwargs)
         if first:
-            mark(self, forward_context.values())
+            with getattr(host, "gpu_sync_allowed", contextlib.nullcontext)():  # as the host's own part of it
+                mark(self, forward_context.values())
 
     initialize_and_mark._gdn_plugin = True  # type: ignore[attr-defined]
     context.initialize_from_forward_context = initialize_and_mark

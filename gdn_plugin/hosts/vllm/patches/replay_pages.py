@@ -23,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdn_plugin.hosts.batch import CHECKPOINT_ALIGNMENT
 from gdn_plugin.hosts.core import Ring
 from gdn_plugin.hosts.vllm.patches import align_copies
 
 _MAMBA_UTILS = "vllm.model_executor.layers.mamba.mamba_utils"
+_MAMBA = "vllm.model_executor.layers.mamba.abstract"
 _SLOTS = "gdn_plugin_replay"  # in additional_config: slots of a ring in this engine's pages
 _MARK = "_gdn_plugin_replay_pages"
 _OWN = 2  # states of the host's: conv and state; a class derived from one with room for a ring is asked for more
@@ -86,6 +88,9 @@ def obstacle(vllm_config: Any, device_type: str) -> str | None:
     drafts = vllm_config.speculative_config is not None
     if cache.mamba_cache_mode == "align" and drafts and not align_copies.can_take_over(device_type):
         return "this vLLM moves states at a block's end in a way that the plugin does not know"
+    unit = cache.prefix_match_unit
+    if unit is not None and _block_multiple() % unit:
+        return f"prefix_match_unit is {unit}, which need not divide the larger blocks that go with a ring"
     if vllm_config.kv_transfer_config is not None:
         return "a KV connector reads pages as conv and state"
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
@@ -104,6 +109,12 @@ def obstacle(vllm_config: Any, device_type: str) -> str | None:
     asked = ("get_mamba_state_shape_from_config", "get_mamba_state_dtype_from_config", "get_mamba_state_copy_funcs")
     missing = [name for name in asked if not hasattr(model, name)]
     return f"{model.__name__} has no {', '.join(missing)}" if missing else None
+
+
+def _block_multiple() -> int:
+    """Tokens of which every block is a multiple, whatever a page holds."""
+    asks_layers = hasattr(importlib.import_module(_MAMBA), "get_mamba_prefill_checkpoint_alignment")  # 0.33
+    return CHECKPOINT_ALIGNMENT if asks_layers else 16
 
 
 def make_room(vllm_config: Any, slots: int) -> bool:
