@@ -55,11 +55,11 @@ class Preference:
 PREFERENCES: tuple[Preference, ...] = (
     Preference(
         16,
-        reason="auto: on SM 90 an engine's decode of 256 sequences took 0.76 times as long with it, 64 x 4 drafts 0.79",
+        reason="auto: on SM 90 an engine's decode of 256 sequences took 0.76 times as long with it, 64 x 4 drafts 0.80",
         source="vLLM 0.33 on one H100 (2026-11-27), qwen3.5-4b, Hk=16, Hv=32, bf16 tokens and state, ring of 16, "
         "seconds of stock, plugin and replay: decode of 256 sequences 3.64, 3.48, 2.78; of 8 0.587, 0.561, 0.557; 64 "
-        "sequences with 3 drafts 1.40, 1.42, 1.13; prefill 1.77, 1.69, 1.68. A layer's step: 200, 195, 122 us; 12, "
-        "8.3, 7.3; 144, 135, 49. Beside the prefix cache, one H100 (2026-11-28), stock and "
+        "sequences with 3 drafts 1.40, 1.42, 1.13; prefill 1.77, 1.69, 1.68. A layer's step: 203, 195, 122 us; 13.5, "
+        "8.3, 7.3; 138, 135, 49. Beside the prefix cache, one H100 (2026-11-28), stock and "
         "replay: drafts 1.40, 1.08; past blocks' ends 2.82, 2.38; decode of 256 3.54, 3.61, which the host bounds "
         "there; a layer's step with its share of moves between blocks 155, 50; 151, 51; 217, 123",
         sms=(90,),
