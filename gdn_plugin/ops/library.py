@@ -144,7 +144,22 @@ def _run(record: Op, arguments: dict[str, Any], backend: str) -> None:
     lead = arguments[record.lead]
     if lead.shape[0] == 0:
         return
-    rows = arguments.get("state_indices")
+    written = [x for name in record.written if (x := arguments[name]) is not None]
+    surroundings = _surroundings(lead, written)
+    if not surroundings:
+        _run_plainly(record, ready, arguments, backend)
+    else:
+        with contextlib.ExitStack() as stack:
+            for surrounding in surroundings:
+                stack.enter_context(surrounding)
+            _run_plainly(record, ready, arguments, backend)
+    # Kernels write behind autograd's back, which has to know where a tensor that it keeps is no longer the same.
+    torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
+
+
+def _run_plainly(record: Op, ready: BackendOp, arguments: dict[str, Any], backend: str) -> None:
+    """In the surroundings that a backend expects."""
+    lead, rows = arguments[record.lead], arguments.get("state_indices")
     if rows is not None and rows.shape[0] == 0:
         if arguments.get("zero_padding", True):
             for output in record.outputs:
@@ -159,17 +174,6 @@ def _run(record: Op, arguments: dict[str, Any], backend: str) -> None:
                     arguments[output.name].zero_()
             continue
         _leave_out(record, arguments, name, backend)
-    surroundings = _surroundings(lead, [arguments[name] for name in record.written])
-    if not surroundings:
-        _start(record, ready, arguments)
-        return
-    with contextlib.ExitStack() as stack:
-        for surrounding in surroundings:
-            stack.enter_context(surrounding)
-        _start(record, ready, arguments)
-
-
-def _start(record: Op, ready: BackendOp, arguments: dict[str, Any]) -> None:
     if record.projections and not ready.interleaved:
         arguments |= heads.flat(record, arguments)
     ready.run(**arguments)
@@ -192,7 +196,7 @@ def _leave_out(record: Op, arguments: dict[str, Any], name: str, backend: str) -
     del arguments[name]
 
 
-def _surroundings(x: Tensor, written: Sequence[Tensor | None]) -> list[contextlib.AbstractContextManager[Any]]:
+def _surroundings(x: Tensor, written: Sequence[Tensor]) -> list[contextlib.AbstractContextManager[Any]]:
     """What keeps the caller's global state out of a backend; empty where there is nothing to keep out.
 
     Autograd: recorded, an input that requires grad would put the pools on a graph that grows with every call. Backward
@@ -202,7 +206,7 @@ def _surroundings(x: Tensor, written: Sequence[Tensor | None]) -> list[contextli
     found: list[contextlib.AbstractContextManager[Any]] = []
     if torch.is_grad_enabled():
         found.append(torch.no_grad())
-    if not torch.is_inference_mode_enabled() and any(y is not None and y.is_inference() for y in written):
+    if not torch.is_inference_mode_enabled() and any(y.is_inference() for y in written):
         found.append(torch.inference_mode())
     device = x.device.type
     if _has_autocast(device) and torch.is_autocast_enabled(device):

@@ -86,9 +86,14 @@ def installed_packages() -> dict[str, str]:
 def features() -> dict[str, str]:
     """Facts found by looking: signatures of optional packages, compilers, CPU flags, interpreter mode."""
     found = flashinfer_features() | cpu_features()
-    if os.environ.get("TRITON_INTERPRET") == "1":
+    if triton_interprets():
         found["triton.interpreter"] = "TRITON_INTERPRET=1"
     return found
+
+
+def triton_interprets() -> bool:
+    """Whether TRITON_INTERPRET says so, in one of the words that Triton knows."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
 def flashinfer_features() -> dict[str, str]:

@@ -48,6 +48,12 @@ SETTINGS = {
     "matrix products in bfloat16": lambda device: changed(
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium"
     ),
+    # Beside them the setting above does not speak: torch.get_float32_matmul_precision raises.
+    "matrix products in tf32, by backend": lambda device: changed(
+        lambda: torch.backends.cuda.matmul.fp32_precision,
+        lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
+        "tf32",
+    ),
     "requires grad": lambda device: contextlib.nullcontext(),
     INFERENCE_POOLS: lambda device: contextlib.nullcontext(),
     "threads": lambda device: changed(torch.get_num_threads, torch.set_num_threads, 3),

@@ -403,6 +403,31 @@ def test_the_gil_is_released() -> None:
     assert turns > 10, f"another thread got to run {turns} times during a long call"
 
 
+def test_rows_of_one_draft_as_a_column() -> None:
+    """[B, 1] of any stride: what lies between them in memory is nobody's row."""
+    case = verify_case((1, 1), slots=1)
+    want = case.arguments(zero_padding=True)
+    verify(**want)
+    given = case.arguments(zero_padding=True)
+    rows = given["state_indices"][:, 0]
+    spread = torch.full((2, 2), 99, dtype=torch.int32)
+    spread[0] = rows
+    given["state_indices"] = spread.view(-1)[:2].view(1, 2).t()
+    assert given["state_indices"].stride() == (1, 2)
+    verify(**given)
+    assert torch.equal(given["out"], want["out"]) and bytes_of(given["state"]) == bytes_of(want["state"])
+
+
+def test_what_a_fresh_sequence_does_not_read_may_be_anything() -> None:
+    case = conv_prologue_case((2, 2, 2), accepted=(1, 1, 1), fresh=(1,))
+    args = case.arguments(zero_padding=True)
+    args["num_accepted_tokens"] = torch.tensor([1, 2**30, 1], dtype=torch.int32)
+    conv_prologue(**args)
+    want = case.arguments(zero_padding=True)
+    conv_prologue(**want)
+    assert all(torch.equal(args[name], want[name]) for name in case.outputs)
+
+
 @pytest.mark.parametrize(
     ("op", "argument", "value", "message"),
     [

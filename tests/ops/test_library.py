@@ -10,7 +10,7 @@ from gdn_plugin import ops
 from gdn_plugin.backends.torch import prefill as chunked
 from gdn_plugin.ops import cases, dispatch, library
 from gdn_plugin.ops.record import OPS as RECORDS
-from gdn_plugin.registry import OPS
+from gdn_plugin.registry import OPS, rows
 from tests.support.memory import assert_reads_no_values
 from tests.support.public import op_args
 
@@ -137,6 +137,19 @@ def test_no_sequences_but_padding_tokens(op):
     assert bool((result == 0).all())
 
 
+@pytest.mark.parametrize("kind", ["of inference mode", "a leaf"])
+def test_no_sequences_into_any_buffer(kind):
+    args = BUILD["verify"]().arguments(zero_padding=True)
+    for name in ("state_indices", "num_accepted_tokens"):
+        args[name] = args[name][:0]
+    args["cu_seqlens"] = torch.zeros(1, dtype=torch.int32)
+    with torch.inference_mode(kind == "of inference mode"):
+        out = torch.full_like(args.pop("out"), torch.nan)
+    out.requires_grad_(kind == "a leaf")
+    ops.verify(**args, out=out, backend="torch")
+    assert not bool(out.any())
+
+
 @pytest.mark.parametrize("op", BUILD)
 def test_torch_backend_reads_no_values(op):
     """On a GPU, reading a value is a synchronisation, and a capture would fail. Run here on CPU tensors."""
@@ -174,6 +187,23 @@ def test_nothing_is_recorded_for_autograd(op, variant, backend):
     for argument, value in zip(schema.arguments, args, strict=True):
         if argument.alias_info is not None and isinstance(value, torch.Tensor):
             assert not value.requires_grad, argument.name
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("op", "variant"), FORMS)
+def test_autograd_knows_what_was_written(op, variant, backend):
+    """What it keeps of a tensor is no longer there: it has to raise where it would give a wrong gradient."""
+    if backend not in {row.name for row in rows(op)}:
+        backend = "reference"
+    schema = getattr(torch.ops.gdn, op + variant).default._schema
+    args = op_args(BUILD[op](), backend, variant=variant)
+    tensors = [pair for pair in zip(schema.arguments, args, strict=True) if isinstance(pair[1], torch.Tensor)]
+    written = [value for argument, value in tensors if argument.alias_info is not None and argument.alias_info.is_write]
+    memory = {value.untyped_storage().data_ptr() for value in written}  # views of one page count together
+    before = [value._version for _, value in tensors]
+    getattr(torch.ops.gdn, op + variant)(*args)
+    for (argument, value), version in zip(tensors, before, strict=True):
+        assert (value._version > version) == (value.untyped_storage().data_ptr() in memory), argument.name
 
 
 class TestTheRecord:

@@ -90,7 +90,8 @@ def test_without_a_compiler_a_library_in_the_cache_is_found(tmp_path, monkeypatc
 
 
 def test_the_interpreter_is_a_feature(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "triton.interpreter" in features()
+    for word in ("1", "true", "On"):
+        monkeypatch.setenv("TRITON_INTERPRET", word)
+        assert "triton.interpreter" in features()
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "triton.interpreter" not in features()

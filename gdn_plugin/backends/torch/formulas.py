@@ -33,8 +33,13 @@ def norm_and_gate(x: Tensor, z: Tensor, weight: Tensor, eps: float, gate: str) -
 
 @contextlib.contextmanager
 def full_fp32() -> Iterator[None]:
-    """Matrix products of fp32 in fp32, whatever torch.set_float32_matmul_precision says outside."""
-    before = torch.get_float32_matmul_precision()
+    """Matrix products of fp32 in fp32, whatever the caller has set."""
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the caller has used the settings by backend, beside which this one does not speak
+        with _full_fp32_by_backend():
+            yield
+        return
     if before == "highest":
         yield
         return
@@ -43,3 +48,18 @@ def full_fp32() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _full_fp32_by_backend() -> Iterator[None]:
+    settings = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    for setting in settings:
+        setting.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = "none"  # inherited, as it may have been
+            if setting.fp32_precision != precision:
+                setting.fp32_precision = precision

@@ -38,7 +38,6 @@ inputs are asked for while the token before is worked on, and its state is store
 # ruff: noqa: RUF005 - Triton has no unpacking of tuples
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -54,7 +53,7 @@ from gdn_plugin.backends.triton.gates import (
     silu,
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
-from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
+from gdn_plugin.backends.triton.launch import any_flags, compile_count, counted, device_sm, launch
 from gdn_plugin.backends.triton.staged import MOST_TOKENS, NO_RING, Staging, Stagings, staged_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
@@ -332,8 +331,7 @@ def run(
     batch, num_slots = state_indices.shape
     ratio = num_v_heads // num_k_heads
     start = state_indices if start_rows is None else start_rows
-    # A pointer of the right type, whose bytes do not matter: one variant of the kernel serves both.
-    initial = num_accepted_tokens.view(torch.bool) if has_initial_state is None else has_initial_state
+    initial = any_flags(num_accepted_tokens) if has_initial_state is None else has_initial_state
     normed = z is not None and norm_weight is not None
     arguments = {
         "p_x": mixed_qkv, "p_weight": conv_weight, "p_bias": conv_bias, "p_conv_state": conv_state, "p_a": a, "p_b": b,

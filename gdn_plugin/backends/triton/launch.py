@@ -7,7 +7,6 @@ adds up what the kernels' in-process caches hold, which leaves Triton's single c
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
+from gdn_plugin.registry.probe import triton_interprets
 
 Kernel = TypeVar("Kernel")
 
@@ -77,7 +79,15 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 def interpreting() -> bool:
     """Whether kernels run under Triton's interpreter (TRITON_INTERPRET was set when they were decorated)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return triton_interprets()
+
+
+def any_flags(x: Tensor) -> Tensor:
+    """A pointer to bools whose bytes do not matter, where flags are absent: one variant of a kernel then serves both.
+
+    x: [n] integers, neighbours; one alone may have any stride. Not a pool, which may have no rows and no memory.
+    """
+    return x.as_strided(x.shape, (1,)).view(torch.bool)
 
 
 def device_sm(device: torch.device) -> int:

@@ -47,7 +47,7 @@ from gdn_plugin.backends.triton.configs import Tile, Tiles
 from gdn_plugin.backends.triton.fused_verify import conv_inputs, convolve, normalise_parts, store_history
 from gdn_plugin.backends.triton.gates import l2_normalise, log_decay, rms_norm_gated, round_to, sigmoid
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
-from gdn_plugin.backends.triton.launch import compile_count, counted, device_sm, launch
+from gdn_plugin.backends.triton.launch import any_flags, compile_count, counted, device_sm, launch
 from gdn_plugin.backends.triton.staged import (
     MOST_SLOTS,
     MOST_TOKENS,
@@ -392,11 +392,9 @@ def run(
     batch, num_v_heads = state_indices.shape[0], A_log.shape[0]
     ratio = num_v_heads // num_k_heads
     slots, most = ring_k.shape[1], conv_state.shape[2] - conv_weight.shape[1] + 2
-    # A pointer of the right type, whose bytes do not matter: one variant of the kernel serves both. Not the pool's,
-    # which may have no rows and no memory.
     initial = has_initial_state
     if initial is None and num_accepted_tokens is not None:
-        initial = num_accepted_tokens.view(torch.bool)
+        initial = any_flags(num_accepted_tokens)
     normed = z is not None and norm_weight is not None
     speculative = cu_seqlens is not None
     arguments = {

@@ -95,7 +95,7 @@ struct VerifyArguments {
   Rows q, k, v;
   Gates gates;
   Pool state;
-  Integers state_indices;  // [B, S]: data and the stride of columns
+  Integers state_indices;  // [B, S], rows of neighbours
   int64_t state_indices_row, columns;
   Integers num_accepted_tokens, cu_seqlens, start_rows;
   double scale;

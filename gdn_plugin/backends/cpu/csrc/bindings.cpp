@@ -48,6 +48,12 @@ Integers integers(const char* name, const Tensor& x) {
   TORCH_CHECK_VALUE(wide || x.scalar_type() == at::kInt, name, ": expected int32 or int64, got ", x.dtype());
   return {data(x), x.stride(-1), wide};
 }
+// [B, S]: a row's values are neighbours (one value may have any stride), so a kernel counts them from the row's begin.
+Integers neighbours(const char* name, const Tensor& x) {
+  Integers found = integers(name, x);
+  found.stride = 1;
+  return found;
+}
 Integers integers(const char* name, const Optional& x) { return x ? integers(name, *x) : Integers{}; }
 
 Flags flags(const char* name, const Optional& x) {
@@ -196,7 +202,7 @@ void verify(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& a, 
                           rows("v", v),
                           gates(a, b, A_log, dt_bias),
                           pool("state", state),
-                          integers("state_indices", state_indices),
+                          neighbours("state_indices", state_indices),
                           state_indices.stride(0),
                           state_indices.size(1),
                           integers("num_accepted_tokens", num_accepted_tokens),

@@ -19,7 +19,7 @@ int32_t check_verify(const VerifyArguments& p) {
     if (p.start_rows.data == nullptr && p.num_accepted_tokens[i] > p.columns) return GDN_BAD_ACCEPTED;
     if (origin_of(p, i) >= p.state.rows) return GDN_BAD_STATE_INDICES;
     for (int64_t t = 0; t < length; t++) {
-      if (p.state_indices[i * p.state_indices_row + t * p.state_indices.stride] >= p.state.rows)
+      if (p.state_indices[i * p.state_indices_row + t] >= p.state.rows)
         return GDN_BAD_STATE_INDICES;
     }
   }
@@ -36,6 +36,7 @@ int32_t check_prologue(const PrologueArguments& p) {
     const int64_t length = p.cu_seqlens[i + 1] - p.cu_seqlens[i];
     if (length == 0 || is_padding(p.state_indices[i], p.null_index)) continue;
     if (p.conv.width - 2 + length > p.conv.pool.columns) return GDN_BAD_CU_SEQLENS;
+    if (!p.has_initial_state[i]) continue;  // nothing is read
     if (p.num_accepted_tokens[i] + p.conv.width - 2 > p.conv.pool.columns) return GDN_BAD_ACCEPTED;
   }
   return GDN_OK;

@@ -216,7 +216,7 @@ inline void verify_block(const VerifyArguments& p, int64_t sequence, int64_t ori
     } else {
       step_rows<F32, 0>(block, padded, padded / LANES, tokens[t], value, count);
     }
-    const int64_t row = p.state_indices[sequence * p.state_indices_row + t * p.state_indices.stride];
+    const int64_t row = p.state_indices[sequence * p.state_indices_row + t];
     if (is_padding(row, p.null_index)) continue;
     write_rows<DT>(at(p.state.data, row * p.state.row + offset, DT), K, block, padded, count);
   }
@@ -225,7 +225,7 @@ inline void verify_block(const VerifyArguments& p, int64_t sequence, int64_t ori
 inline int64_t origin_of(const VerifyArguments& p, int64_t i) {
   if (p.start_rows.data != nullptr) return p.start_rows[i];
   const int64_t accepted = std::max<int64_t>(p.num_accepted_tokens[i], 1);
-  return p.state_indices[i * p.state_indices_row + (accepted - 1) * p.state_indices.stride];
+  return p.state_indices[i * p.state_indices_row + accepted - 1];
 }
 
 inline void verify(const VerifyArguments& p) {
