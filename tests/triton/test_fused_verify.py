@@ -85,15 +85,6 @@ def test_either_row_makes_a_sequence_padding(where):
     check(fused_verify, case)
 
 
-def test_one_sequence_whose_accepted_count_is_a_column():
-    """[1] of any stride is contiguous; without has_initial_state it lends its address to the kernel."""
-    case = fused_verify_case((2,), SMALL, slots=2, fresh=None)
-    table = torch.zeros(1, 9, dtype=torch.int32)
-    table[0, 0] = case.args["num_accepted_tokens"][0]
-    case.args["num_accepted_tokens"] = table[:, 0]
-    check(fused_verify, case)
-
-
 @pytest.mark.parametrize("zero_padding", [True, False], ids=["returning", "out"])
 def test_one_launch(zero_padding):
     """Of a ragged batch with fresh sequences, padding and the norm: the whole step."""

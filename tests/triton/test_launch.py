@@ -13,7 +13,6 @@ from gdn_plugin.backends.triton.launch import (
     compile_count,
     counted,
     device_sm,
-    interpreting,
     launch,
     launch_count,
     recorded,
@@ -21,6 +20,8 @@ from gdn_plugin.backends.triton.launch import (
 from gdn_plugin.ops import cases
 from gdn_plugin.ops.dispatch import backend_op
 from gdn_plugin.ops.record import OPS
+from gdn_plugin.registry.probe import triton_interprets
+from tests.support.checks import check
 from tests.support.memory import Launches
 
 CPU = torch.device("cpu")
@@ -83,7 +84,17 @@ def test_compilations_are_counted_on_every_device(kernel):
 def test_interpreted_kernels_count_nothing(kernel):
     before = compile_count()
     counted(SimpleNamespace())
-    assert compile_count() == before and interpreting()
+    assert compile_count() == before and triton_interprets()
+
+
+@pytest.mark.parametrize("op", ["fused_verify", "replay_verify"])
+def test_one_sequence_whose_accepted_count_is_a_column(op):
+    """[1] of any stride is contiguous; without has_initial_state it lends its address to the kernel."""
+    case = MAKERS[op]((2,), cases.Heads(1, 2, 64, 64), slots=2, fresh=None)
+    table = torch.zeros(1, 9, dtype=torch.int32)
+    table[0, 0] = case.args["num_accepted_tokens"][0]
+    case.args["num_accepted_tokens"] = table[:, 0]
+    check(backend_op(op, "triton").run, case)
 
 
 def test_recording_writes_down_and_launches_nothing(kernel):

@@ -143,14 +143,6 @@ def test_with_an_fp32_state_128_heads_are_staged(monkeypatch, sequences, k_heads
     assert (STAGINGS.staging(state, sequences, k_heads) is not None) == expected
 
 
-def test_one_sequence_whose_accepted_count_is_a_column():
-    case = replay_verify_case((2,), SMALL, slots=2, fresh=None)
-    table = torch.zeros(1, 9, dtype=torch.int32)
-    table[0, 0] = case.args["num_accepted_tokens"][0]
-    case.args["num_accepted_tokens"] = table[:, 0]
-    check(replay_step, case)
-
-
 def test_one_launch():
     for function, case in (
         (replay_step, replay_verify_case((2, 1), SMALL)),

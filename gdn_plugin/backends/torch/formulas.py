@@ -37,6 +37,8 @@ def full_fp32() -> Iterator[None]:
     try:
         before = torch.get_float32_matmul_precision()
     except RuntimeError:  # the caller has used the settings by backend, beside which this one does not speak
+        before = None
+    if before is None:
         with _full_fp32_by_backend():
             yield
         return

@@ -16,8 +16,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from gdn_plugin.registry.probe import triton_interprets
-
 Kernel = TypeVar("Kernel")
 
 _launches = 0
@@ -75,11 +73,6 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         return
     _launches += 1
     kernel[grid](**arguments)
-
-
-def interpreting() -> bool:
-    """Whether kernels run under Triton's interpreter (TRITON_INTERPRET was set when they were decorated)."""
-    return triton_interprets()
 
 
 def any_flags(x: Tensor) -> Tensor:

@@ -30,11 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn_plugin.backends.triton.configs import Table
-from gdn_plugin.backends.triton.launch import compile_count, device_sm, interpreting, launch
+from gdn_plugin.backends.triton.launch import compile_count, device_sm, launch
 from gdn_plugin.backends.triton.prefill_solve import prefill_solve_kernel
 from gdn_plugin.backends.triton.prefill_state import prefill_state_kernel
 from gdn_plugin.backends.triton.variants import KernelVariant, variants_of
 from gdn_plugin.registry import BackendOp, Platform, Problem
+from gdn_plugin.registry.probe import triton_interprets
 
 CHUNK = 64
 # Sequences a solve program looks at at a time when it searches cu_seqlens.
@@ -181,7 +182,7 @@ def dot_types(dtype: torch.dtype, config: PrefillConfig) -> tuple[tl.dtype, str,
     fp32 io is multiplied as three TF32 products, which is fp32-accurate. The interpreter gets bf16 and fp16 dots
     wrong, so under it operands are fp32.
     """
-    if interpreting():
+    if triton_interprets():
         return tl.float32, "ieee", "ieee"
     precision = "tf32x3" if dtype == torch.float32 else "tf32"
     return DOT_TYPES[dtype], precision, config.solve_precision if dtype == torch.bfloat16 else "tf32x3"

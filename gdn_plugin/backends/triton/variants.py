@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from gdn_plugin.backends.triton.configs import FEW_HEADS
-from gdn_plugin.backends.triton.launch import Launch, interpreting, recorded
+from gdn_plugin.backends.triton.launch import Launch, recorded
 from gdn_plugin.ops.cases import case
 from gdn_plugin.ops.record import dtype_name
 from gdn_plugin.registry import PHASE_OF_OP, Platform, Problem, Variant
+from gdn_plugin.registry.probe import triton_interprets
 
 # Tokens of each sequence. One short sequence, one long and many are the ends of every rule by which launchers choose:
 # few or many heads, short or long blocks, sequences whole, split over V or cut into segments. The stride from token to
@@ -157,7 +158,7 @@ def variants_of(
         calls: from one call's arguments, every call that differs in a way which a problem does not tell.
         pool: the state pool that calls will bring; lists what its own strides add.
     """
-    if interpreting() or platform.sm is None:
+    if triton_interprets() or platform.sm is None:
         return []
     found = _launches(run, calls, platform.sm, problem)
     label = f"K{problem.head_k_dim} V{problem.head_v_dim} {problem.dtype} state={problem.state_dtype}"
