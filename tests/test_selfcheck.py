@@ -119,6 +119,21 @@ def test_writing_behind_a_row_is_caught(backend):
     assert "of state that nothing names" in failure
 
 
+def test_on_a_gpu_what_only_a_large_batch_gets_wrong_is_caught(backend, monkeypatch):
+    sizes = selfcheck._sizes
+    monkeypatch.setattr(selfcheck, "_sizes", lambda problem, device: sizes(problem, "cuda"))
+    for op, most in (("fused_decode", 255), ("fused_decode", 1023), ("replay_verify", 1023), ("prefill", 255)):
+
+        def change(named, op=op, most=most):
+            out = named["out"]
+            sequences = out.shape[0] if op == "fused_decode" else named["cu_seqlens"].shape[0] - 1
+            out.mul_(1.2 if sequences * out.shape[1] > most else 1.0)
+
+        case = problem(op, max_spec_tokens=3, ring=8) if op == "replay_verify" else problem(op)
+        assert "is off by" in selfcheck.run(backend(wrong(op, change)), case, "cpu").failure
+        assert selfcheck.run(backend(reference(op)), case, "cpu").failure is None
+
+
 def test_what_a_kernel_raises_is_its_failure(backend):
     def boom(**arguments):
         raise RuntimeError("no kernel image")

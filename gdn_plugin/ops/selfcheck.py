@@ -1,8 +1,9 @@
-"""Self-check: a chosen kernel runs one small problem and is compared with the plain recurrence before first use.
+"""Self-check: a chosen kernel runs small problems and is compared with the plain recurrence before first use.
 
-The problem has the layer's own heads, dims, dtypes and pool layout, so the kernels checked are those that will serve.
-It holds what kernels get wrong: a sequence longer than a chunk, an empty one, a fresh one in a poisoned row, a padding
-one with tokens; whatever nothing names must stay bit-identical. That a backend passed is remembered on disk, by device,
+The problems have the layer's own heads, dims, dtypes and pool layout and, on a GPU, the sizes by which kernels are
+chosen, so the kernels checked are those that will serve. They hold what kernels get wrong: a sequence longer than a
+chunk, an empty one, a fresh one in a poisoned row, a padding one with tokens; whatever nothing names must stay
+bit-identical. That a backend passed is remembered on disk, by device,
 versions and problem, so that a start pays for it once; that it failed is not.
 """
 
@@ -15,7 +16,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 LIMITS = {"bfloat16": 0.04, "float16": 0.01, "float32": 0.01, "float64": 0.01}
 # A single element may be off by this much more than the whole.
 ELEMENT_FACTOR = 16.0
+# (sequence, value head) pairs of the larger problems, from which Triton's tables have other tiles and staged kernels.
+CROWDS = (256, 1024)
 TRUTH = "reference"
 _under_way: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("gdn_plugin_checks", default=frozenset())
 
@@ -47,7 +50,7 @@ class CheckResult:
     """How one backend did on one op.
 
     Args:
-        errors: relative error by result ("out", "state", ...), against the root mean square of the right one.
+        errors: largest relative error by result ("out", "state", ...), against the root mean square of the right one.
         max_errors: largest absolute error by result.
         limit: what `errors` may be.
         seconds: of the run, compilation included.
@@ -134,7 +137,7 @@ def fingerprint() -> str:
 
 
 def run(row: Backend, problem: Problem, device: str) -> CheckResult:
-    """Run the small problem through a backend and through the recurrence. Whatever goes wrong is in the result.
+    """Run the small problems through a backend and through the recurrence. Whatever goes wrong is in the result.
 
     In a thread of its own: the caller's default device, autocast, grad mode and tracing are the caller's thread's.
     """
@@ -155,10 +158,19 @@ def run(row: Backend, problem: Problem, device: str) -> CheckResult:
         return thread.submit(plainly).result()
 
 
-def small_case(row: Backend, problem: Problem, device: str) -> cases.Case:
-    """The call that is checked, in the form that the backend wants."""
+def small_cases(row: Backend, problem: Problem, device: str) -> Iterator[cases.Case]:
+    """The calls that are checked, in the form that the backend wants; the smallest first."""
+    for lens in _sizes(problem, device):
+        padding = (len(lens) - 1,) if len(lens) > 1 else ()
+        yield cases.case(
+            problem, lens, wants=row.wants, device=device, seed=20241209, fresh=(0,), padding=padding, pad_tokens=2
+        )
+
+
+def _sizes(problem: Problem, device: str) -> list[list[int]]:
+    """Tokens of each sequence, by call. The first sequence is fresh and the last one, of several, is padding."""
     spec = max(problem.max_spec_tokens, 2)
-    lens = {
+    few = {
         "prefill": [67, 0, 5, 2],  # fresh in a poisoned row, empty, carried, padding with tokens
         "conv_prologue": [5, 0, 2, 2] if not problem.max_spec_tokens else [spec, 0, 1, 1],
         "verify": [spec, spec, spec] if not problem.ragged else [spec, 1, 1],
@@ -167,10 +179,14 @@ def small_case(row: Backend, problem: Problem, device: str) -> cases.Case:
         "replay_decode": [1, 1, 1, 1],  # an empty ring, one half full, a full one, padding
         "replay_fold": [1, 1, 1, 1],
     }.get(problem.op, [1, 1, 1])
-    last = len(lens) - 1
-    return cases.case(
-        problem, lens, wants=row.wants, device=device, seed=20241209, fresh=(0,), padding=(last,), pad_tokens=2
-    )
+    if device == "cpu":
+        return [few]  # its kernels are the same for every size
+    if problem.op == "conv_prologue":
+        return [few, [700, *few[1:]]]  # several steps of a block
+    tokens = spec if problem.phase == "verify" else 1
+    crowds = [few[:-1] + [tokens] * -(-pairs // problem.num_v_heads) + few[-1:] for pairs in CROWDS]
+    alone = [300 if problem.op == "prefill" else tokens]  # which is cut into segments if there are few heads
+    return [few, *crowds, alone]
 
 
 def _run(row: Backend, problem: Problem, device: str) -> CheckResult:
@@ -181,26 +197,30 @@ def _run(row: Backend, problem: Problem, device: str) -> CheckResult:
     cause: Exception | None = None
     seconds = 0.0
     try:
-        case = small_case(row, problem, device)
-        with torch.no_grad():
-            arguments = case.arguments(zero_padding=True)
-            start = time.perf_counter()
-            _call(row, arguments)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - start
-            truth = case.precise_arguments(torch.float32)
-            _call(next(row for row in rows(problem.op) if row.name == TRUTH), truth)
-        got, want = case.results(arguments), case.results(truth)
-        for name in want:
-            errors[name], largest[name], size = _distance(got[name].cpu(), want[name])
-            # Written so that NaN fails.
-            if not (errors[name] <= limit and largest[name] <= limit * ELEMENT_FACTOR * size) and failure is None:
-                failure = (
-                    f"{name} of {problem.op} is off by {errors[name]:.2g} of its size (allowed {limit:.2g}), "
-                    f"by {largest[name]:.2g} at most"
-                )
-        failure = failure or case.trespass(arguments)
+        for case in small_cases(row, problem, device):
+            with torch.no_grad():
+                arguments = case.arguments(zero_padding=True)
+                start = time.perf_counter()
+                _call(row, arguments)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                seconds += time.perf_counter() - start
+                truth = case.precise_arguments(torch.float32)
+                _call(next(row for row in rows(problem.op) if row.name == TRUTH), truth)
+            got, want = case.results(arguments), case.results(truth)
+            for name in want:
+                error, most, size = _distance(got[name].cpu(), want[name])
+                # Written so that NaN fails.
+                if not (error <= limit and most <= limit * ELEMENT_FACTOR * size) and failure is None:
+                    failure = (
+                        f"{name} of {problem.op} is off by {error:.2g} of its size (allowed {limit:.2g}), "
+                        f"by {most:.2g} at most"
+                    )
+                # In this order NaN stays.
+                errors[name], largest[name] = max(error, errors.get(name, 0.0)), max(most, largest.get(name, 0.0))
+            failure = failure or case.trespass(arguments)
+            if failure is not None:
+                break
     except BackendError as exc:
         failure, cause = str(exc), exc
     except Exception as exc:  # a kernel may fail in any way; the policy (raise or move on) is the caller's

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from gdn_plugin.backends.triton import launch as launching
 from gdn_plugin.backends.triton.launch import compile_count, recorded
-from gdn_plugin.backends.triton.variants import _beside, key, specialise
+from gdn_plugin.backends.triton.variants import OPTIONS, _beside, key, specialise
 from gdn_plugin.ops import dispatch
 from gdn_plugin.ops.cases import case
-from gdn_plugin.ops.selfcheck import small_case
+from gdn_plugin.ops.selfcheck import small_cases
 from gdn_plugin.registry import OPS, PHASE_OF_OP, Platform, Problem, rows
 from gdn_plugin.registry.backend import left_out
 from tests.support.triton_device import stand_in
@@ -146,17 +146,39 @@ def test_facts_of_a_problem_are_followed(op, facts):
         assert known < set(listed(problem_of(op, (4, 8), "bfloat16"), 90))
 
 
+def checked(problem):
+    """Launches of a self-check on sm_90, by key."""
+    (row,) = (row for row in rows(problem.op) if row.name == "triton")
+    run = op_of(problem.op).run
+    with recorded(90) as recording:
+        for small in small_cases(row, problem, "meta"):
+            arguments = small.arguments(zero_padding=True)
+            run(**{name: x for name, x in arguments.items() if name not in left_out(run, arguments)})
+    return {key(launch): launch for launch in recording.launches}
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_the_self_check_asks_for_no_kernel_that_is_not_listed(op):
     """What an image has compiled, or other processes ahead, must do for the whole start."""
-    (row,) = (row for row in rows(op) if row.name == "triton")
     for state_dtype, checkpoints in itertools.product(("float32", "bfloat16"), (False, True)):
         problem = problem_of(op, state_dtype=state_dtype, checkpoints=checkpoints and op == "prefill")
-        arguments = small_case(row, problem, "meta").arguments(zero_padding=True)
-        run = op_of(op).run
-        with recorded(90) as recording:
-            run(**{name: x for name, x in arguments.items() if name not in left_out(run, arguments)})
-        assert recording.launches and {key(launch) for launch in recording.launches} <= set(listed(problem, 90))
+        found = checked(problem)
+        assert found and found.keys() <= set(listed(problem, 90))
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("heads", [(4, 8), (8, 16), (16, 32)], ids=lambda heads: "x".join(map(str, heads)))
+@pytest.mark.parametrize("op", OPS)
+def test_the_self_check_runs_every_configuration(op, heads, state_dtype):
+    """In one form of the call: what a large batch takes is not what a small one does."""
+
+    def configured(launch):
+        chosen = {name: launch.arguments.get(name) for name in (*OPTIONS, "R", "BV", "NBUF", "TRANSITION")}
+        return launch.kernel.__name__, *chosen.items()
+
+    problem = problem_of(op, heads, state_dtype, checkpoints=False)
+    wanted = {configured(variant.launch) for variant in listed(problem, 90).values()}
+    assert {configured(launch) for launch in checked(problem).values()} == wanted
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 6), (16, 32)], ids=lambda heads: "x".join(map(str, heads)))
