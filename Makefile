@@ -104,6 +104,7 @@ host-contract: $(HOST_TREES)/0.33.0/vllm $(SGLANG_TREES:=/sglang)  ## what the p
 	@for tree in $(HOST_TREES)/0.33.0 $(SGLANG_TREES); do $(BIN)/gdn-plugin doctor --host-contract $$tree || exit 1; done
 
 # The environment is the machine's own (a CUDA torch), so $(VENV) with its CPU torch is not used.
+gpu gpu-engines: SHELL := /bin/bash -o pipefail
 gpu:  ## on a CUDA machine, with its own PYTHON: numbers, graphs, profile, benchmarks; all in gpu-results
 	@mkdir -p gpu-results
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not engine" tests/gpu 2>&1 | tee gpu-results/tests.log

@@ -158,6 +158,14 @@ def test_checked_once_a_family(backend):
     assert len(calls) == 2
 
 
+def test_on_rocm_it_runs_on_what_torch_calls_cuda(backend, monkeypatch):
+    asked = []
+    real = selfcheck.run
+    monkeypatch.setattr(selfcheck, "run", lambda row, case, device: asked.append(device) or real(row, case, "cpu"))
+    selfcheck.require(backend(reference("decode")), problem("decode"), Platform(device="rocm"))
+    assert asked == ["cuda"]
+
+
 def test_random_state_and_defaults_of_the_host_are_left_alone(backend):
     torch.manual_seed(3)
     expected = torch.rand(1)

@@ -101,7 +101,7 @@ def _checked(row: Backend, problem: Problem, platform: Platform) -> CheckResult 
     verdict = _verdict_file(row, problem, platform)
     if verdict is not None and verdict.exists():
         return None
-    result = run(row, problem, platform.device)
+    result = run(row, problem, "cuda" if platform.device == "rocm" else platform.device)  # as torch calls it
     if result.ok and verdict is not None:
         text = {"backend": row.name, "problem": asdict(problem), "seconds": result.seconds}
         try:
