@@ -9,6 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,22 @@ def test_a_mode_is_arguments_of_the_engine(mode, cached, method, monkeypatch):
     sent = [len(prompt) for (prompt,) in job["rounds"]]
     assert sent == ([121, 121, 124, 124] if cached else [121, 124])
     assert [len(said[0]) for said in answers.by_length.values()] == [121, 124]
+
+
+@pytest.mark.parametrize(
+    ("end", "left"), [(KeyboardInterrupt(), []), (subprocess.TimeoutExpired([], 1.0), ["engine.log"])], ids=repr
+)
+def test_a_log_is_left_where_somebody_is_told_of_it(end, left, monkeypatch, tmp_path):
+    from gdn_plugin.tools.accuracy import run
+
+    def stop(*_, **__):
+        raise end
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(run.child, "run", stop)
+    with pytest.raises((KeyboardInterrupt, run.EngineError)):
+        ask(Run("torch", "plain", {128: task.held_out_prompts(1, 128)}), MODEL)
+    assert [path.name for path in tmp_path.rglob("*.log")] == left and bool(list(tmp_path.iterdir())) == bool(left)
 
 
 def test_drafts_of_mtp_take_a_head(tmp_path):

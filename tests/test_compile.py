@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,24 @@ def test_a_variant_that_does_not_compile_is_a_row(monkeypatch):
 def test_nothing_to_compile_exits_1(capsys):
     assert main(["compile", "--sm", "90", "--backend", "triton", "--op", "decode", "--dims", "32,32"]) == 1
     assert "nothing to compile" in capsys.readouterr().err
+
+
+@needs_triton
+@pytest.mark.slow
+def test_an_interrupted_compile_leaves_its_queue():
+    """SIGINT to the command alone, which its compiling processes do not see."""
+    command = [sys.executable, "-m", "gdn_plugin", "compile", "--sm", "90", "--backend", "triton", "--workers", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as compiling:
+        try:
+            assert "regs" in compiling.stdout.readline() and "triton: " in compiling.stdout.readline()
+            compiling.send_signal(signal.SIGINT)
+            _, said = compiling.communicate(timeout=20)
+        finally:
+            compiling.kill()
+    assert compiling.returncode == 130 and said.endswith("gdn-plugin compile: interrupted\n")
 
 
 def test_unknown_architectures_are_refused(capsys):

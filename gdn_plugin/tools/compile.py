@@ -137,6 +137,13 @@ class _Pool(ProcessPoolExecutor):
     def __init__(self, platform: Platform, workers: int, environment: Mapping[str, str]) -> None:
         super().__init__(workers, get_context("spawn"), _begin, (platform.sm, dict(environment)))
 
+    def __exit__(self, kind: type[BaseException] | None, *more: Any) -> bool | None:
+        """Whoever leaves early, by Ctrl-C say, waits neither for what is queued nor for what is being compiled."""
+        if kind is not None:
+            for process in self._processes.values():  # kill_workers() from Python 3.14 on
+                process.kill()
+        return super().__exit__(kind, *more)
+
 
 def host_jobs(problem: Problem) -> list[Job]:
     """What vLLM's room launches beside the ops: moves of states, for either model runner and any problem."""

@@ -214,6 +214,9 @@ def _in_process(job: dict[str, Any], environment: dict[str, str], name: str, tim
             status = child.run(command, log=log, environment=environment, timeout=timeout)
         except subprocess.TimeoutExpired as problem:
             raise EngineError(f"{name}: no answer within {timeout:.0f} s", str(log_file)) from problem
+        except KeyboardInterrupt:  # nobody is told of the log
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
     if status != 0 or not result_file.exists():
         raise EngineError(last_error(log_file.read_text(errors="replace")), str(log_file))
     result = json.loads(result_file.read_text(encoding="utf-8"))
