@@ -20,7 +20,8 @@ from gdn_plugin import child
 from gdn_plugin.ops import selfcheck
 from gdn_plugin.registry import choice
 from gdn_plugin.tools import cli
-from gdn_plugin.tools.cli import doctor, host
+from gdn_plugin.tools.cli import accuracy, doctor, host
+from gdn_plugin.tools.cli.values import output, write
 
 ROOT = Path(__file__).parents[1]
 REFUSALS = {
@@ -370,6 +371,25 @@ def test_a_bad_value_is_one_line_before_any_work(run, arguments, monkeypatch, tm
     assert shown.code == 2
     assert shown.err.startswith(f"gdn-plugin {arguments[0]}: ") and shown.err.count("\n") == 1
     assert not shown.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("held", ["{}", None], ids=["of a file", "of nothing yet"])
+def test_a_link_stays_one(held, tmp_path):
+    real, link = tmp_path / "real" / "rows.json", tmp_path / "rows.json"
+    real.parent.mkdir()
+    link.symlink_to(real)
+    if held:
+        real.write_text(held)
+    output(str(link))
+    assert link.is_symlink() and real.exists() == bool(held)
+    write(link, "[]")
+    assert link.readlink() == real and real.read_text() == "[]"
+    assert [path.name for path in real.parent.iterdir()] == ["rows.json"]
+
+
+def test_a_command_that_made_a_table_can_be_pasted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["gdn-plugin", "accuracy", "--json", "x", "--model", "my models/a"])
+    assert accuracy._command() == "gdn-plugin accuracy --model 'my models/a'"
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no-head"])

@@ -17,7 +17,7 @@ from gdn_plugin.ops import ahead
 from gdn_plugin.registry import OPS, Platform, Problem, replay
 from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli import main
-from gdn_plugin.tools.cli.compile import caches
+from gdn_plugin.tools.cli.compile import _tell, caches
 from gdn_plugin.tools.compile import Row
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +200,11 @@ def test_an_image_has_replay_where_its_engines_will(tmp_path, monkeypatch):
     assert not listed(tmp_path, monkeypatch, "--backend", "flashinfer") & RINGS
     monkeypatch.setenv("GDN_PLUGIN_REPLAY", "65")
     assert not listed(tmp_path, monkeypatch)
+
+
+def test_variables_of_a_cache_can_be_pasted(capsys):
+    _tell(Path("/the caches"))
+    assert "\n  TRITON_CACHE_DIR='/the caches/triton'\n" in capsys.readouterr().out
 
 
 def test_a_backend_that_cannot_serve_the_model_is_refused_in_one_line(tmp_path, monkeypatch, capsys):

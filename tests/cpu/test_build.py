@@ -286,6 +286,11 @@ def test_compiler_errors_are_shown_and_remembered(
     assert {path.name for path in folder.iterdir()} <= {"build.lock"}
 
 
+def test_a_command_that_failed_can_be_pasted(tmp_path: Path) -> None:
+    with pytest.raises(build.BuildError, match=r"\nc\+\+ -o '/a b/kernels\.o'\n"):
+        build._require(["c++", "-o", "/a b/kernels.o"], 1, "no", tmp_path)
+
+
 @pytest.mark.parametrize("cxx", ["", "/absent/c++"])
 def test_no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cxx: str) -> None:
     monkeypatch.setenv("CXX", cxx)

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import threading
@@ -355,4 +356,4 @@ def _require(command: list[str], status: int, said: str, work: Path) -> None:
     # A linker that maps its output is killed by the kernel and says nothing.
     if os.strerror(errno.ENOSPC) in said or room.f_bavail * room.f_frsize < 2**16:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    raise BuildError(f"compiling the cpu backend failed\n{' '.join(command)}\n{said[-4000:]}")
+    raise BuildError(f"compiling the cpu backend failed\n{shlex.join(command)}\n{said[-4000:]}")

@@ -7,6 +7,7 @@ import importlib.metadata
 import importlib.util
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -136,4 +137,4 @@ def _command() -> str:
             kept.append(word)
         elif not value:
             next(words, None)
-    return " ".join(kept)
+    return shlex.join(kept)

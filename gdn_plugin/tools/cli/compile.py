@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -123,7 +124,7 @@ def caches(folder: Path) -> dict[str, str]:
 def _tell(folder: Path) -> None:
     print("whatever runs with these variables finds them:")
     for name, value in caches(folder).items():
-        print(f"  {name}={value}")
+        print(f"  {name}={shlex.quote(value)}")
 
 
 def _shapes(args: argparse.Namespace) -> list[Any]:

@@ -89,6 +89,7 @@ def output(text: str) -> Path:
     path = Path(text)
     if path.exists() and not path.is_file() and not path.is_dir():
         return path  # a pipe or a terminal: opening it may wait for a reader
+    path = Path(os.path.realpath(path))
     existed = path.exists()
     try:
         with path.open("ab"):
@@ -120,10 +121,14 @@ def folder(text: str) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Replace what a file holds at once: whoever reads it, or cuts the run short, finds all of it or the former."""
+    """Replace what a file holds at once: whoever reads it, or cuts the run short, finds all of it or the former.
+
+    A symbolic link stays one: the file is what it points to.
+    """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
         return
+    path = Path(os.path.realpath(path))
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         part.write_text(text, encoding="utf-8")
