@@ -392,6 +392,14 @@ def test_a_command_that_made_a_table_can_be_pasted(monkeypatch):
     assert accuracy._command() == "gdn-plugin accuracy --model 'my models/a'"
 
 
+def test_accuracy_of_a_folder_that_transformers_cannot_load(run, tmp_path):
+    pytest.importorskip("vllm", reason="vllm is not installed")
+    shutil.copy(ROOT / "examples/recall/model/config.json", tmp_path)
+    shown = run("accuracy", "--model", str(tmp_path), "--lengths", "128", "--mode", "plain", "--backend", "torch")
+    assert (shown.code, shown.out) == (2, "") and shown.err.count("\n") == 1
+    assert shown.err.startswith(f"gdn-plugin accuracy: --model {tmp_path}: transformers cannot load it: OSError: ")
+
+
 @pytest.mark.parametrize("head", [True, False], ids=["head", "no-head"])
 def test_modes_that_draft_with_mtp_take_a_head(run, head, monkeypatch, tmp_path):
     """Asked for, they are refused without one, and left out where nothing was asked for."""

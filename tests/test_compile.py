@@ -81,6 +81,36 @@ def test_nothing_to_compile_exits_1(capsys):
     assert "nothing to compile" in capsys.readouterr().err
 
 
+def test_a_wrong_setting_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("GDN_PLUGIN_SELF_CHECK", "yes")
+    assert main(["compile", "--backend", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said == "gdn-plugin compile: GDN_PLUGIN_SELF_CHECK='yes' is not valid; choose one of: 0, 1\n"
+
+
+# A process of its own: this one has looked for compilers and imported Triton.
+WITHOUT = (
+    "import sys; sys.modules['triton'] = None; from gdn_plugin.tools.cli import main; sys.exit(main(sys.argv[1:]))"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "why"),
+    [
+        (["--sm", "90"], {}, "backend 'triton' could not be loaded: "),
+        (["--backend", "cpu"], {"CXX": "/absent/c++"}, "no backend can run gdn::decode as requested ('cpu') "),
+        (["--backend", "cpu"], {"CXX": "false", "GDN_PLUGIN_SELF_CHECK": "0"}, "compiling the cpu backend failed\n"),
+    ],
+    ids=["no Triton", "no C++ compiler", "a C++ compiler that fails"],
+)
+def test_what_a_machine_has_no_compiler_for_exits_1_and_says_why(tmp_path, arguments, environment, why):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GDN_PLUGIN_CACHE": str(tmp_path), **environment}
+    command = [sys.executable, "-c", WITHOUT, "compile", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"gdn-plugin compile: {why}") and "Traceback" not in done.stderr
+
+
 @needs_triton
 @pytest.mark.slow
 def test_an_interrupted_compile_leaves_its_queue():
@@ -202,6 +232,23 @@ def test_an_image_has_replay_where_its_engines_will(tmp_path, monkeypatch):
     assert not listed(tmp_path, monkeypatch)
 
 
+def test_an_image_has_the_backends_that_its_engines_ask_for(tmp_path, monkeypatch, capsys):
+    state = ["--state-dtype", "bfloat16"]
+    monkeypatch.setenv("GDN_PLUGIN_REPLAY", "0")
+    assert listed(tmp_path, monkeypatch, *state) == {("fused_decode", 0)}
+    asked = listed(tmp_path, monkeypatch, *state, "--backend", "flashinfer")
+    assert asked == {("decode", 0)}
+    monkeypatch.setenv("GDN_PLUGIN_DECODE_BACKEND", "flashinfer")
+    assert listed(tmp_path, monkeypatch, *state) == asked
+    assert listed(tmp_path, monkeypatch, *state, "--backend", "triton") == {("fused_decode", 0)}
+    monkeypatch.delenv("GDN_PLUGIN_DECODE_BACKEND")
+    monkeypatch.setenv("GDN_PLUGIN_BACKEND", "cpu")
+    capsys.readouterr()
+    assert main(["compile", "--sm", "90", "--model", str(tmp_path), "--cache", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("gdn-plugin compile: no backend can run gdn::") and "needs a cpu device" in said
+
+
 def test_variables_of_a_cache_can_be_pasted(capsys):
     _tell(Path("/the caches"))
     assert "\n  TRITON_CACHE_DIR='/the caches/triton'\n" in capsys.readouterr().out
@@ -235,23 +282,41 @@ def test_a_model_without_such_layers_is_refused(tmp_path, capsys, config, why):
     assert left.value.code == 2 and why in capsys.readouterr().err
 
 
+def odd(**changed):
+    return json.dumps(SIZES | changed)
+
+
+@pytest.mark.parametrize("command", [["compile", "--sm", "90"], ["accuracy"]], ids=["compile", "accuracy"])
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[]", "is not that of a model"),
         ("5", "is not that of a model"),
-        ("{", "no config.json that can be read"),
+        ("{", "no config.json that can be read there: Expecting property name"),
+        ("[" * 100_000, "no config.json that can be read there: "),
+        ("{}", "has no linear_num_key_heads, so no GDN layers"),
         ('{"text_config": null}', "has no linear_num_key_heads, so no GDN layers"),
         ('{"text_config": 5}', "is not that of a model"),
-        ('{"linear_num_key_heads": "x", "linear_num_value_heads": 4}', "a size in its config.json is no number"),
+        (odd(linear_num_key_heads="x"), "linear_num_key_heads in its config.json is 'x', not a whole number above 0"),
+        (odd(linear_num_key_heads=2.5), "linear_num_key_heads in its config.json is 2.5, not a whole"),
+        (odd(linear_num_key_heads=float("inf")), "linear_num_key_heads in its config.json is inf, not a whole"),
+        (odd(linear_value_head_dim=None), "linear_value_head_dim in its config.json is None, not a whole"),
+        (odd(linear_num_key_heads=0), "linear_num_key_heads in its config.json is 0, not a whole"),
+        (odd(linear_num_key_heads=3), "linear_num_value_heads in its config.json is no multiple of"),
+        (odd(dtype=["bfloat16"]), "a dtype in its config.json is ['bfloat16'], not one of bfloat16, float16"),
+        (odd(mamba_ssm_dtype="int4"), "a dtype in its config.json is 'int4', not one of bfloat16, float16"),
     ],
+    ids=lambda value: value[:40],
 )
-def test_a_folder_that_is_no_gdn_models(tmp_path, capsys, text, words):
+def test_a_folder_that_is_no_gdn_models(tmp_path, capsys, command, text, words):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(SystemExit) as ended:
-        main(["compile", "--sm", "90", "--model", str(tmp_path)])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and words in said.replace("\n", " ") and "Traceback" not in said
+    try:
+        code = main([*command, "--model", str(tmp_path)])
+    except SystemExit as ended:
+        code = ended.code
+    said = capsys.readouterr()
+    assert (code, said.out) == (2, "") and said.err.count("\n") == 1
+    assert str(tmp_path) in said.err and words in said.err
 
 
 def test_an_image_has_what_the_hosts_room_launches(tmp_path, monkeypatch):

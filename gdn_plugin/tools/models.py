@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gdn_plugin.registry import DTYPES
+
 BYTES = 256
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
@@ -30,12 +32,46 @@ def model_config(folder: str | Path) -> dict[str, Any]:
     """
     try:
         config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise ValueError(f"{folder}: no config.json that can be read there") from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise ValueError(f"{folder}: no config.json that can be read there: {exc}") from exc
     text = (config.get("text_config") or config) if isinstance(config, dict) else None
     if not isinstance(text, dict):
         raise ValueError(f"{folder}: its config.json is not that of a model")
     return text
+
+
+# What a Qwen3-Next or Qwen3.5 says of its GDN layers, by the names that `Shape` has for it.
+_GDN_SIZES = {
+    "num_k_heads": "linear_num_key_heads",
+    "num_v_heads": "linear_num_value_heads",
+    "head_k_dim": "linear_key_head_dim",
+    "head_v_dim": "linear_value_head_dim",
+    "conv_width": "linear_conv_kernel_dim",
+}
+
+
+def gdn_layer(folder: str | Path) -> dict[str, Any]:
+    """What a checkpoint's config.json says of its GDN layers, as `Shape` names it.
+
+    Raises:
+        ValueError: as `model_config`, or it says nothing of them or what cannot be; one sentence.
+    """
+    config = model_config(folder)
+    layer: dict[str, Any] = {}
+    for name, key in _GDN_SIZES.items():
+        if key not in config:
+            raise ValueError(f"{folder}: its config.json has no {key}, so no GDN layers")
+        layer[name] = size = config[key]
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{folder}: {key} in its config.json is {size!r}, not a whole number above 0")
+    if layer["num_v_heads"] % layer["num_k_heads"]:
+        raise ValueError(f"{folder}: linear_num_value_heads in its config.json is no multiple of linear_num_key_heads")
+    layer["dtype"] = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
+    layer["state_dtype"] = config.get("mamba_ssm_dtype") or layer["dtype"]
+    for name in ("dtype", "state_dtype"):
+        if layer[name] not in DTYPES:
+            raise ValueError(f"{folder}: a dtype in its config.json is {layer[name]!r}, not one of {', '.join(DTYPES)}")
+    return layer
 
 
 @dataclass(frozen=True, slots=True)

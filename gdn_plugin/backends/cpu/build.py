@@ -30,7 +30,7 @@ from filelock import FileLock
 from gdn_plugin import cache as cache_folder
 from gdn_plugin import child
 from gdn_plugin.ops.record import OPS, Op
-from gdn_plugin.registry import Platform, Problem, Variant
+from gdn_plugin.registry import BackendError, Platform, Problem, Variant
 
 SOURCES = Path(__file__).parent / "csrc"
 # -ffp-contract=fast (GCC's default, not Clang's) lets a * b + c be one instruction. No -ffast-math: NaN, infinities and
@@ -84,7 +84,7 @@ _compiled = 0
 _forced: str | None = None
 
 
-class BuildError(RuntimeError):
+class BuildError(BackendError):
     """The kernels could not be compiled or loaded; one sentence, and what the compiler said, if it was asked."""
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.machinery import PathFinder
 
 from gdn_plugin import __version__
+from gdn_plugin.registry import BackendError, SettingsError
 from gdn_plugin.tools.cli.values import BadArguments, Parser
 
 COMMANDS = {
@@ -33,8 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; by default those of the process.
     Returns:
-        the exit status: 0, 1 where the subcommand found something wrong, 2 for bad arguments (raised as SystemExit
-        where one is wrong by itself), 130 after Ctrl-C. A reader that leaves, or is not there, is no error.
+        the exit status: 0, 1 where the subcommand found something wrong or no backend can do it here, 2 for bad
+        arguments (raised as SystemExit where one is wrong by itself) and settings, 130 after Ctrl-C. A reader that
+        leaves, or is not there, is no error.
     """
     _open_streams()
     command = ""
@@ -43,9 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = f" {args.command}"
         code = int(args.run(args) or 0)
         sys.stdout.flush()
-    except BadArguments as exc:
+    except (BadArguments, SettingsError) as exc:
         print(f"gdn-plugin{command}: {exc}", file=sys.stderr)
         return 2
+    except BackendError as exc:
+        print(f"gdn-plugin{command}: {exc}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"gdn-plugin{command}: interrupted", file=sys.stderr)
         return INTERRUPTED

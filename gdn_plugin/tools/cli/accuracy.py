@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
 import math
 import shlex
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from gdn_plugin.registry import backend_names
 from gdn_plugin.tools.cli.values import BadArguments, count, counts, names, output, write
+from gdn_plugin.tools.models import gdn_layer, model_config
 
 MODEL = Path("examples/recall/model")
 MODES = ("plain", "cache", "spec", "cache+spec", "mtp", "cache+mtp")
@@ -53,7 +53,11 @@ def run(args: argparse.Namespace) -> int:
     config_file = args.model / "config.json"
     if not config_file.exists():
         raise BadArguments(f"--model {args.model}: no config.json there; train one with examples/recall/train.py")
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    try:
+        gdn_layer(args.model)
+        config = model_config(args.model)
+    except ValueError as exc:
+        raise BadArguments(f"--model {exc}") from exc
     platform = probe()
     able = able_backends(platform, config)
     asked_for = args.backend or ("stock", *able)
@@ -91,8 +95,12 @@ def run(args: argparse.Namespace) -> int:
         if args.markdown:
             write(args.markdown, report.markdown(rows, versions, _command()))
 
+    try:
+        reference = Reference(args.model)
+    except Exception as exc:  # transformers raises anything of a folder that it cannot read
+        said = f"{type(exc).__name__}: {exc}".splitlines()
+        raise BadArguments(f"--model {args.model}: transformers cannot load it: {' '.join(said)}") from exc
     print(report.header(lengths), flush=True)
-    reference = Reference(args.model)
     total = each * len(lengths)
     with tqdm(total=total, desc="fp32 reference", unit="prompt", disable=None, leave=False) as bar:
         add(evaluate.reference_row(reference, prompts, bar.update))

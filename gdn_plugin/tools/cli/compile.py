@@ -20,14 +20,14 @@ from gdn_plugin.registry import (
     Selection,
     decide,
     replay_request,
+    requests,
     select,
 )
-from gdn_plugin.settings import SettingsError
 from gdn_plugin.tools import compile as compilation
 from gdn_plugin.tools.cli.problem import heads, pair
 from gdn_plugin.tools.cli.values import BadArguments, as_json, count, folder
 from gdn_plugin.tools.compile import BACKENDS, SMS, Row
-from gdn_plugin.tools.models import model_config
+from gdn_plugin.tools.models import gdn_layer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,24 +91,9 @@ def run(args: argparse.Namespace) -> int:
 def layer_of_model(text: str) -> dict[str, Any]:
     """argparse type: what a model's config.json says of its GDN layers, as `Shape` names it."""
     try:
-        config = model_config(text)
+        return gdn_layer(text)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(str(exc)) from exc
-    try:
-        dtype = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
-        return {
-            "dtype": dtype,
-            "state_dtype": config.get("mamba_ssm_dtype") or dtype,
-            "num_k_heads": int(config["linear_num_key_heads"]),
-            "num_v_heads": int(config["linear_num_value_heads"]),
-            "head_k_dim": int(config["linear_key_head_dim"]),
-            "head_v_dim": int(config["linear_value_head_dim"]),
-            "conv_width": int(config["linear_conv_kernel_dim"]),
-        }
-    except KeyError as exc:
-        raise argparse.ArgumentTypeError(f"{text}: its config.json has no {exc.args[0]}, so no GDN layers") from exc
-    except (TypeError, ValueError) as exc:
-        raise argparse.ArgumentTypeError(f"{text}: a size in its config.json is no number: {exc}") from exc
 
 
 def caches(folder: Path) -> dict[str, str]:
@@ -159,15 +144,17 @@ def _ring(args: argparse.Namespace, layer: dict[str, Any], spec_tokens: int) -> 
     """Slots of a row's ring in an engine, 0 without replay. On a CPU replay is torch's, which compiles nothing."""
     if args.backend == "cpu":
         return 0
-    try:
-        request = replay_request()
-    except SettingsError as exc:
-        raise BadArguments(str(exc)) from exc
-    asked = dict.fromkeys(PHASES, args.backend or "auto")
     heads = tuple(layer[name] for name in ("num_k_heads", "num_v_heads", "head_k_dim", "head_v_dim"))
     platform = Platform.simulated(f"sm_{args.sm}")
     dtypes = layer["dtype"], layer["state_dtype"]
-    return decide(platform, request, dtypes, heads, spec_tokens, backends=asked).slots
+    return decide(platform, replay_request(), dtypes, heads, spec_tokens, backends=_asked(args)).slots
+
+
+def _asked(args: argparse.Namespace) -> dict[str, str]:
+    """The request for each phase: --backend, else as engines with this environment have it."""
+    if args.backend:
+        return dict.fromkeys(PHASES, args.backend)
+    return {phase: request.value for phase, request in requests().items()}
 
 
 def _selected(args: argparse.Namespace, shapes: Sequence[Any]) -> tuple[Platform, list[Selection]]:
@@ -178,10 +165,11 @@ def _selected(args: argparse.Namespace, shapes: Sequence[Any]) -> tuple[Platform
 
     usual = Platform.simulated(f"sm_{args.sm}", sm_count=args.sm_count)
     platform = replace(usual, packages=installed_packages(), cuda=torch.version.cuda or usual.cuda)
-    asked = dict.fromkeys(PHASES, args.backend or "auto")
     try:
-        return platform, [select(platform, shape.problems(), asked) for shape in shapes]
+        return platform, [select(platform, shape.problems(), _asked(args)) for shape in shapes]
     except NoBackendError as exc:
+        if not args.backend:
+            raise
         said = "; ".join(line.strip(" -:") for line in str(exc).splitlines())
         raise BadArguments(f"--backend {args.backend}: {said}") from exc
 
