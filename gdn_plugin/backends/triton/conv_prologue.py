@@ -7,8 +7,8 @@ shapes alone, and the surplus ones exit. The tokens past cu_seqlens[-1] are trea
 the outputs of padding are zeros; so every element of the outputs is written here and no fill is launched.
 
 A program's tile is [R, D]: R runs of neighbouring tokens, all D channels of a head. It slides along the runs, RUN
-tokens a step: asks for the step's RUN rows (16 bytes a thread each) before it computes anything, and carries the W-1
-inputs before them in registers. So each input is read once, but for the W-1 in front of each run.
+tokens a step: asks for the next step's RUN rows before it computes this one's, and carries the W-1 inputs before them
+in registers. So each input is read once, but for the W-1 in front of each run.
 
 Cost: T * (2*Hk*K + Hv*V) elements are read and as many written, and T * 2*Hv gates of either kind: 537 MB at T = 16384,
 Hk 16, Hv 32, K = V = 128 in bf16. An output takes W multiply-adds, a SiLU (two of the special functions' slots) and,
@@ -131,11 +131,20 @@ def conv_head(
                 b_late = tl.load(p_x + i_t * stride_x + o_d)
                 tl.store(p_history + (W - 2 + i_t) * stride_cs_w, b_late.to(p_conv_state.dtype.element_ty))
 
-    for i_s in range(tl.minimum(steps, (room + RUN - 1) // RUN)):
+    last = tl.minimum(steps, (room + RUN - 1) // RUN)
+    rows = ()  # of the next step
+    for j in tl.static_range(RUN):
+        rows = rows + (tl.load(p_run, mask=(o_r + j < seen)[:, None], other=0.0),)
+        p_run += stride_x
+    for i_s in range(last):
         inputs = window
         for j in tl.static_range(RUN):
-            m_t = o_r + (i_s * RUN + j) < seen
-            inputs = inputs + (tl.load(p_run, mask=m_t[:, None], other=0.0).to(tl.float32),)
+            inputs = inputs + (rows[j].to(tl.float32),)
+        there = tl.where(i_s + 1 < last, seen, 0)
+        rows = ()
+        for j in tl.static_range(RUN):
+            m_t = o_r + ((i_s + 1) * RUN + j) < there
+            rows = rows + (tl.load(p_run, mask=m_t[:, None], other=0.0),)
             p_run += stride_x
         for j in tl.static_range(RUN):
             b_acc = tl.zeros([R, D], dtype=tl.float32) + b_bias[None, :]
@@ -259,25 +268,28 @@ class PrologueConfig:
         return self.runs * self.run_length
 
 
-# (for short sequences, for long ones), by the io dtype. H100 80GB, torch 2.11, triton 3.6, 2026-11-27, K = V = 128,
-# bf16, Hk 16, Hv 32, runs x run_length/warps with as many steps as MAX_STEPS, us:
-#               8x2048  1x2048  8x1024  1x256  64x4
-#     2x4/1        204    29.8     105    6.8  13.3
-#     4x4/2        205    32.2     106    6.8    20
-#     8x4/4        211    31.9     110    6.7
-#     1x4/1        211    33.2     110    6.4  11.2
-# 8x2048 moves 544 MB, which a copy does in 182 us at 3.0 TB/s. A cap of 96 or 128 registers changes nothing there; 64
-# spill. On sm_100 ptxas stops at 96 by itself and spills, hence the rows (compiled, not run).
+# (for short sequences, for long ones), by the io dtype. H100 80GB, torch 2.11, triton 3.6, 2026-11-28, K = V = 128,
+# bf16, Hk 16, Hv 32, runs x run_length/warps, us by steps of a block:
+#               8x2048: 4     8    12    16    1x2048: 2     3     4     8
+#     1x8/1           197   205   210   213         31.8  31.3  30.6  31.0
+#     2x4/1           221   218   220   222         36.6  34.6  34.0  36.7
+#     1x4/1           216   212   213   215         35.2  32.9  32.6  33.2
+#     2x8/1           246   238   241   242         40.1  38.3  38.2  38.2
+# 8x2048 moves 544 MB, which a copy does in 181 us at 3.0 TB/s. With a step's rows asked for in that step, 1x8/1 took
+# 209 and 33.1 at 4 steps and the best, 2x4/1 at 8, 211 and 30.3; weights asked for before the block is found changed
+# nothing. The day before, that way: 1x4/1 6.4 at 1x256 and 11.2 at 64x4, 2x4/1 6.8 and 13.3. On sm_100 ptxas stops at
+# 96 registers by itself and spills, hence the rows (compiled, not run).
 _SHORT = PrologueConfig(runs=1, run_length=4, num_warps=1)
-_LONG = PrologueConfig(runs=2, run_length=4, num_warps=1)
+_LONG = PrologueConfig(runs=1, run_length=8, num_warps=1)
 CONFIGS: Table[tuple[PrologueConfig, PrologueConfig]] = Table(
     {
         (0, 0, 0, ""): (_SHORT, _LONG),
-        (100, 0, 0, ""): (_SHORT, replace(_LONG, registers=168)),
+        (100, 0, 0, ""): (_SHORT, replace(_LONG, registers=184)),
         (100, 128, 128, ""): (_SHORT, replace(_LONG, registers=128)),
+        (100, 128, 128, "float32"): (_SHORT, replace(_LONG, registers=160)),
     }
 )
-MAX_STEPS = 8
+MAX_STEPS = 4
 PROGRAMS = 2000  # of one warp: fifteen on each of an H100's 132 multiprocessors
 
 
