@@ -387,6 +387,17 @@ def test_a_link_stays_one(held, tmp_path):
     assert [path.name for path in real.parent.iterdir()] == ["rows.json"]
 
 
+def test_where_no_file_can_be_made_the_old_one_is_written(monkeypatch, tmp_path):
+    def refuse(*_):
+        raise PermissionError
+
+    file = tmp_path / "rows.json"
+    file.write_text("{}")
+    monkeypatch.setattr(Path, "replace", refuse)
+    write(file, "[]")
+    assert file.read_text() == "[]" and list(tmp_path.iterdir()) == [file]
+
+
 def test_a_command_that_made_a_table_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gdn-plugin", "accuracy", "--json", "x", "--model", "my models/a"])
     assert accuracy._command() == "gdn-plugin accuracy --model 'my models/a'"

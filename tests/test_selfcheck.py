@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -119,19 +120,60 @@ def test_writing_behind_a_row_is_caught(backend):
     assert "of state that nothing names" in failure
 
 
-def test_on_a_gpu_what_only_a_large_batch_gets_wrong_is_caught(backend, monkeypatch):
-    sizes = selfcheck._sizes
-    monkeypatch.setattr(selfcheck, "_sizes", lambda problem, device: sizes(problem, "cuda"))
-    for op, most in (("fused_decode", 255), ("fused_decode", 1023), ("replay_verify", 1023), ("prefill", 255)):
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The problems of a GPU, on the CPU."""
+    cases, case = selfcheck.small_cases, selfcheck._case
+    monkeypatch.setattr(selfcheck, "small_cases", lambda row, problem, _: cases(row, problem, "cuda"))
+    monkeypatch.setattr(selfcheck, "_case", lambda row, problem, lens, _: case(row, problem, lens, "cpu"))
 
-        def change(named, op=op, most=most):
-            out = named["out"]
-            sequences = out.shape[0] if op == "fused_decode" else named["cu_seqlens"].shape[0] - 1
-            out.mul_(1.2 if sequences * out.shape[1] > most else 1.0)
 
-        case = problem(op, max_spec_tokens=3, ring=8) if op == "replay_verify" else problem(op)
-        assert "is off by" in selfcheck.run(backend(wrong(op, change)), case, "cpu").failure
-        assert selfcheck.run(backend(reference(op)), case, "cpu").failure is None
+@pytest.mark.parametrize(
+    ("op", "most"), [("fused_decode", 255), ("fused_decode", 1023), ("replay_verify", 1023), ("prefill", 255)]
+)
+def test_what_only_a_large_batch_gets_wrong_is_caught(backend, as_on_a_gpu, op, most):
+    def change(named):
+        out = named["out"]
+        sequences = out.shape[0] if op == "fused_decode" else named["cu_seqlens"].shape[0] - 1
+        out.mul_(1.2 if sequences * out.shape[1] > most else 1.0)
+
+    case = problem(op, max_spec_tokens=3, ring=8) if op == "replay_verify" else problem(op)
+    row = backend(wrong(op, change))
+    assert selfcheck.run(row, case, "cpu").failure is None
+    assert "is off by" in selfcheck.run(replace(row, by_size=True), case, "cpu").failure
+
+
+@pytest.mark.parametrize("spec", [0, 1, 3])
+@pytest.mark.parametrize("op", OPS)
+def test_the_recurrence_passes_the_larger_problems(backend, as_on_a_gpu, op, spec):
+    case = problem(op, max_spec_tokens=spec, ring=16 if op.startswith("replay") else 0)
+    result = selfcheck.run(replace(backend(reference(op)), by_size=True), case, "cpu")
+    assert result.ok and result.whole, result
+
+
+def test_no_memory_for_the_larger_problems_is_no_failure(backend, as_on_a_gpu, monkeypatch, tmp_path):
+    """Under auto every backend would fail in turn; and what was left out is made up for by a later process."""
+    monkeypatch.setenv("GDN_PLUGIN_CACHE", str(tmp_path))
+    room = []
+
+    def full(**arguments):
+        if arguments["out"].shape[0] * 4 > room[0]:
+            raise torch.OutOfMemoryError("no room")
+        reference("decode")(**arguments)
+
+    row = replace(backend(full), by_size=True, target="gdn_plugin.mine:RUN")
+    monkeypatch.setattr(selfcheck, "load", lambda row: BackendOp(full if row.name == "mine" else reference("decode")))
+    room[:] = [16]
+    selfcheck.require(row, problem("decode"), CPU)
+    assert not list(tmp_path.rglob("*.json"))
+    room[:] = [1 << 20]
+    selfcheck._checked.cache_clear()
+    selfcheck.require(row, problem("decode"), CPU)
+    assert list(tmp_path.rglob("*.json"))
+    room[:] = [0]
+    selfcheck._checked.cache_clear()
+    with pytest.raises(SelfCheckError, match="no room"):
+        selfcheck.require(row, problem("decode", state_dtype="bfloat16"), CPU)
 
 
 def test_what_a_kernel_raises_is_its_failure(backend):
@@ -160,8 +202,12 @@ def test_checked_once_a_family(backend):
 
 def test_on_rocm_it_runs_on_what_torch_calls_cuda(backend, monkeypatch):
     asked = []
-    real = selfcheck.run
-    monkeypatch.setattr(selfcheck, "run", lambda row, case, device: asked.append(device) or real(row, case, "cpu"))
+    real = selfcheck._case
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(
+        selfcheck, "_case", lambda row, case, lens, device: asked.append(device) or real(row, case, lens, "cpu")
+    )
     selfcheck.require(backend(reference("decode")), problem("decode"), Platform(device="rocm"))
     assert asked == ["cuda"]
 

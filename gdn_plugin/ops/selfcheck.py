@@ -39,8 +39,10 @@ _log = logging.getLogger(__name__)
 LIMITS = {"bfloat16": 0.04, "float16": 0.01, "float32": 0.01, "float64": 0.01}
 # A single element may be off by this much more than the whole.
 ELEMENT_FACTOR = 16.0
-# (sequence, value head) pairs of the larger problems, from which Triton's tables have other tiles and staged kernels.
+# (sequence, value head) pairs of the larger problems, by which Triton's tables have other tiles and staged kernels, and
+# the most that a pool may take there. Beside the pool there are a copy, and a byte for each of its bytes.
 CROWDS = (256, 1024)
+MOST_BYTES = 1 << 28
 TRUTH = "reference"
 _under_way: contextvars.ContextVar[frozenset[str]] = contextvars.ContextVar("gdn_plugin_checks", default=frozenset())
 
@@ -53,9 +55,10 @@ class CheckResult:
         errors: largest relative error by result ("out", "state", ...), against the root mean square of the right one.
         max_errors: largest absolute error by result.
         limit: what `errors` may be.
-        seconds: of the run, compilation included.
+        seconds: of the runs, compilation included.
         failure: one sentence on what is wrong; None where the backend passed.
         cause: the exception behind the failure, if there was one.
+        whole: whether every problem was run: the larger ones are not where the device has no memory for them.
     """
 
     backend: str
@@ -66,6 +69,7 @@ class CheckResult:
     seconds: float
     failure: str | None
     cause: Exception | None = None
+    whole: bool = True
 
     @property
     def ok(self) -> bool:
@@ -101,8 +105,8 @@ def _checked(row: Backend, problem: Problem, platform: Platform) -> CheckResult 
     verdict = _verdict_file(row, problem, platform)
     if verdict is not None and verdict.exists():
         return None
-    result = run(row, problem, "cuda" if platform.device == "rocm" else platform.device)  # as torch calls it
-    if result.ok and verdict is not None:
+    result = run(row, problem, platform.device)
+    if result.ok and result.whole and verdict is not None:
         text = {"backend": row.name, "problem": asdict(problem), "seconds": result.seconds}
         try:
             draft = verdict.with_suffix(f".{os.getpid()}")
@@ -139,8 +143,12 @@ def fingerprint() -> str:
 def run(row: Backend, problem: Problem, device: str) -> CheckResult:
     """Run the small problems through a backend and through the recurrence. Whatever goes wrong is in the result.
 
+    Args:
+        device: of the platform.
+
     In a thread of its own: the caller's default device, autocast, grad mode and tracing are the caller's thread's.
     """
+    device = "cuda" if device == "rocm" else device  # as torch calls it
     if row.target in _under_way.get():
         # A backend that calls the op that it offers would be checked inside its own check, without end.
         said = f"{row.name} calls {problem.op} without naming a backend, which may be itself"
@@ -160,17 +168,28 @@ def run(row: Backend, problem: Problem, device: str) -> CheckResult:
 
 def small_cases(row: Backend, problem: Problem, device: str) -> Iterator[cases.Case]:
     """The calls that are checked, in the form that the backend wants; the smallest first."""
-    for lens in _sizes(problem, device):
-        padding = (len(lens) - 1,) if len(lens) > 1 else ()
-        yield cases.case(
-            problem, lens, wants=row.wants, device=device, seed=20241209, fresh=(0,), padding=padding, pad_tokens=2
-        )
+    few = _few(problem)
+    yield _case(row, problem, few, device)
+    if device == "cpu" or not row.by_size:
+        return
+    if problem.op == "conv_prologue":  # long sequences, in blocks of several steps, are never drafts
+        long = (1 << 16) // (2 * problem.num_k_heads + problem.num_v_heads)
+        yield _case(row, replace(problem, max_spec_tokens=0), [long, 0, 2, 2], device)
+        return
+    tokens = max(problem.max_spec_tokens, 1) if problem.phase == "verify" else 1
+    states = problem.head_k_dim * problem.head_v_dim * getattr(torch, problem.state_dtype).itemsize * tokens
+    for pairs in CROWDS:
+        if pairs * states <= MOST_BYTES:
+            crowd = [tokens] * -(-pairs // problem.num_v_heads)
+            yield _case(row, problem, few[:-1] + crowd + few[-1:], device)
+    # One alone; of few heads a prefill is then cut into segments.
+    yield _case(row, problem, [300 if problem.op == "prefill" else tokens], device)
 
 
-def _sizes(problem: Problem, device: str) -> list[list[int]]:
-    """Tokens of each sequence, by call. The first sequence is fresh and the last one, of several, is padding."""
-    spec = max(problem.max_spec_tokens, 2)
-    few = {
+def _few(problem: Problem) -> list[int]:
+    """Tokens of each sequence of the smallest call."""
+    spec = problem.max_spec_tokens or 2
+    return {
         "prefill": [67, 0, 5, 2],  # fresh in a poisoned row, empty, carried, padding with tokens
         "conv_prologue": [5, 0, 2, 2] if not problem.max_spec_tokens else [spec, 0, 1, 1],
         "verify": [spec, spec, spec] if not problem.ragged else [spec, 1, 1],
@@ -179,14 +198,14 @@ def _sizes(problem: Problem, device: str) -> list[list[int]]:
         "replay_decode": [1, 1, 1, 1],  # an empty ring, one half full, a full one, padding
         "replay_fold": [1, 1, 1, 1],
     }.get(problem.op, [1, 1, 1])
-    if device == "cpu":
-        return [few]  # its kernels are the same for every size
-    if problem.op == "conv_prologue":
-        return [few, [700, *few[1:]]]  # several steps of a block
-    tokens = spec if problem.phase == "verify" else 1
-    crowds = [few[:-1] + [tokens] * -(-pairs // problem.num_v_heads) + few[-1:] for pairs in CROWDS]
-    alone = [300 if problem.op == "prefill" else tokens]  # which is cut into segments if there are few heads
-    return [few, *crowds, alone]
+
+
+def _case(row: Backend, problem: Problem, lens: list[int], device: str) -> cases.Case:
+    """The first sequence is fresh and the last one, of several, is padding."""
+    padding = (len(lens) - 1,) if len(lens) > 1 else ()
+    return cases.case(
+        problem, lens, wants=row.wants, device=device, seed=20241209, fresh=(0,), padding=padding, pad_tokens=2
+    )
 
 
 def _run(row: Backend, problem: Problem, device: str) -> CheckResult:
@@ -195,37 +214,51 @@ def _run(row: Backend, problem: Problem, device: str) -> CheckResult:
     largest: dict[str, float] = {}
     failure: str | None = None
     cause: Exception | None = None
-    seconds = 0.0
+    seconds, whole = 0.0, True
     try:
         for case in small_cases(row, problem, device):
-            with torch.no_grad():
-                arguments = case.arguments(zero_padding=True)
-                start = time.perf_counter()
-                _call(row, arguments)
-                if device == "cuda":
-                    torch.cuda.synchronize()
-                seconds += time.perf_counter() - start
-                truth = case.precise_arguments(torch.float32)
-                _call(next(row for row in rows(problem.op) if row.name == TRUTH), truth)
-            got, want = case.results(arguments), case.results(truth)
-            for name in want:
-                error, most, size = _distance(got[name].cpu(), want[name])
-                # Written so that NaN fails.
-                if not (error <= limit and most <= limit * ELEMENT_FACTOR * size) and failure is None:
-                    failure = (
-                        f"{name} of {problem.op} is off by {error:.2g} of its size (allowed {limit:.2g}), "
-                        f"by {most:.2g} at most"
-                    )
-                # In this order NaN stays.
-                errors[name], largest[name] = max(error, errors.get(name, 0.0)), max(most, largest.get(name, 0.0))
-            failure = failure or case.trespass(arguments)
+            took, failure = _compare(row, case, limit, errors, largest)
+            seconds += took
             if failure is not None:
                 break
     except BackendError as exc:
         failure, cause = str(exc), exc
+    except torch.OutOfMemoryError as exc:
+        whole = False
+        _log.info("gdn_plugin: no memory for the larger problems of the self-check of %s: %s", problem.op, exc)
+        if not errors:
+            failure, cause = f"{type(exc).__name__}: {exc}".strip(), exc
     except Exception as exc:  # a kernel may fail in any way; the policy (raise or move on) is the caller's
         failure, cause = f"{type(exc).__name__}: {exc}".strip(), exc
-    return CheckResult(row.name, problem.op, errors, largest, limit, seconds, failure, cause)
+    return CheckResult(row.name, problem.op, errors, largest, limit, seconds, failure, cause, whole)
+
+
+def _compare(
+    row: Backend, case: cases.Case, limit: float, errors: dict[str, float], largest: dict[str, float]
+) -> tuple[float, str | None]:
+    """One call: (seconds of the backend, what is wrong); its errors are merged into those of the calls before."""
+    with torch.no_grad():
+        arguments = case.arguments(zero_padding=True)
+        start = time.perf_counter()
+        _call(row, arguments)
+        if case.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        truth = case.precise_arguments(torch.float32)
+        _call(next(row for row in rows(case.op) if row.name == TRUTH), truth)
+        got, want = case.results(arguments), case.results(truth)
+        failure: str | None = None
+        for name in want:
+            error, most, size = _distance(got[name].cpu(), want[name])
+            # Written so that NaN fails.
+            if not (error <= limit and most <= limit * ELEMENT_FACTOR * size) and failure is None:
+                failure = (
+                    f"{name} of {case.op} is off by {error:.2g} of its size (allowed {limit:.2g}), "
+                    f"by {most:.2g} at most"
+                )
+            # In this order NaN stays.
+            errors[name], largest[name] = max(error, errors.get(name, 0.0)), max(most, largest.get(name, 0.0))
+        return seconds, failure or case.trespass(arguments)
 
 
 def _call(row: Backend, arguments: Mapping[str, Any]) -> None:
@@ -238,8 +271,8 @@ def _distance(got: Tensor, want: Tensor) -> tuple[float, float, float]:
     """(error relative to the size of `want`, largest absolute error, root mean square of `want`); NaN stays NaN."""
     if want.numel() == 0:
         return 0.0, 0.0, 0.0
-    difference = (got.double() - want.double()).flatten()
-    size = want.double().square().mean().sqrt().clamp_min(1e-30)
-    error = difference.square().mean().sqrt() / size
+    difference = got.float() - want.float()
+    size = max(float(torch.linalg.vector_norm(want.float())), 1e-30)
+    error = float(torch.linalg.vector_norm(difference)) / size
     # max() of a tensor with NaN is NaN, which no limit allows
-    return float(error), float(difference.abs().max()), float(size)
+    return error, float(difference.abs().max()), size / want.numel() ** 0.5

@@ -72,4 +72,4 @@ class BackendLoadError(BackendError):
 
 
 class SelfCheckError(BackendError):
-    """A backend asked for by name gave wrong numbers, or failed, on the self-check's small problem."""
+    """A backend asked for by name gave wrong numbers, or failed, on the self-check's small problems."""

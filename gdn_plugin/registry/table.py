@@ -71,6 +71,7 @@ def _triton(op: str, module: str = "") -> Backend:
         checks=_TRITON_CHECKS,
         preferred=_interpreted_only_on_request,
         install="pip install triton",
+        by_size=True,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gdn_plugin.backends.triton import conv_prologue
 from gdn_plugin.backends.triton import launch as launching
 from gdn_plugin.backends.triton.launch import compile_count, recorded
 from gdn_plugin.backends.triton.variants import OPTIONS, _beside, key, specialise
@@ -178,7 +179,10 @@ def test_the_self_check_runs_every_configuration(op, heads, state_dtype):
 
     problem = problem_of(op, heads, state_dtype, checkpoints=False)
     wanted = {configured(variant.launch) for variant in listed(problem, 90).values()}
-    assert {configured(launch) for launch in checked(problem).values()} == wanted
+    launches = checked(problem).values()
+    assert {configured(launch) for launch in launches} == wanted
+    if op == "conv_prologue":
+        assert max(launch.arguments["steps"] for launch in launches) == conv_prologue.MAX_STEPS
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (2, 6), (16, 32)], ids=lambda heads: "x".join(map(str, heads)))

@@ -123,7 +123,7 @@ def folder(text: str) -> Path:
 def write(path: Path, text: str) -> None:
     """Replace what a file holds at once: whoever reads it, or cuts the run short, finds all of it or the former.
 
-    A symbolic link stays one: the file is what it points to.
+    A symbolic link stays one: the file is what it points to. In a folder that takes no new file it is written in place.
     """
     if path.exists() and not path.is_file():
         path.write_text(text, encoding="utf-8")
@@ -133,6 +133,8 @@ def write(path: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
+    except PermissionError:
+        path.write_text(text, encoding="utf-8")
     finally:
         part.unlink(missing_ok=True)
 
