@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -387,15 +388,20 @@ def test_a_link_stays_one(held, tmp_path):
     assert [path.name for path in real.parent.iterdir()] == ["rows.json"]
 
 
-def test_where_no_file_can_be_made_the_old_one_is_written(monkeypatch, tmp_path):
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EBUSY, errno.EROFS, errno.ENOSPC])
+def test_where_no_file_can_be_made_the_old_one_is_written(reason, monkeypatch, tmp_path):
     def refuse(*_):
-        raise PermissionError
+        raise OSError(reason, "no")
 
     file = tmp_path / "rows.json"
     file.write_text("{}")
     monkeypatch.setattr(Path, "replace", refuse)
-    write(file, "[]")
-    assert file.read_text() == "[]" and list(tmp_path.iterdir()) == [file]
+    if reason == errno.ENOSPC:  # what is there stays
+        with pytest.raises(OSError, match="no"):
+            write(file, "[]")
+    else:
+        write(file, "[]")
+    assert file.read_text() == ("{}" if reason == errno.ENOSPC else "[]") and list(tmp_path.iterdir()) == [file]
 
 
 def test_a_command_that_made_a_table_can_be_pasted(monkeypatch):

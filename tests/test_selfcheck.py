@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
+import weakref
 from dataclasses import replace
 from types import ModuleType
 
@@ -174,6 +176,20 @@ def test_no_memory_for_the_larger_problems_is_no_failure(backend, as_on_a_gpu, m
     selfcheck._checked.cache_clear()
     with pytest.raises(SelfCheckError, match="no room"):
         selfcheck.require(row, problem("decode", state_dtype="bfloat16"), CPU)
+
+
+def test_a_failure_that_is_kept_holds_no_pool(backend, as_on_a_gpu):
+    pools = []
+
+    def fail_later(**arguments):
+        pools.append(weakref.ref(arguments["state"]))
+        if len(pools) > 1:
+            raise RuntimeError("no")
+        reference("decode")(**arguments)
+
+    result = selfcheck.run(replace(backend(fail_later), by_size=True), problem("decode"), "cpu")
+    gc.collect()
+    assert result.failure == "RuntimeError: no" and [pool() for pool in pools] == [None, None]
 
 
 def test_what_a_kernel_raises_is_its_failure(backend):

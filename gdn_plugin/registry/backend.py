@@ -100,8 +100,8 @@ class Backend:
         wants: in what form its kernels take their arguments without another launch.
         notes: sentences worth telling where the row does run ("copying: ..."); they refuse nothing.
         install: what to install where the row cannot be loaded.
-        by_size: whether it has other kernels for other numbers of sequences and tokens, each of which is then checked
-            before first use, on a GPU.
+        by_size: whether the self-check, on a GPU, also runs sizes at which kernels change with the numbers of sequences
+            and tokens.
     """
 
     name: str

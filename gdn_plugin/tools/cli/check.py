@@ -82,4 +82,5 @@ def _line(result: selfcheck.CheckResult) -> str:
         f"{name} {error:.1e}" for name, error in result.errors.items() if name in ("out", "x", "state", "v")
     )
     word = "ok" if result.ok else "FAILED"
-    return f"{word:<8}{errors:<36}{result.seconds:5.1f} s"
+    left_out = "" if result.whole else ", no memory for the larger problems"
+    return f"{word:<8}{errors:<36}{result.seconds:5.1f} s{left_out}"

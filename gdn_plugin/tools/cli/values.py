@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib.util
 import json
 import math
@@ -133,7 +134,9 @@ def write(path: Path, text: str) -> None:
     try:
         part.write_text(text, encoding="utf-8")
         part.replace(path)
-    except PermissionError:
+    except OSError as exc:  # a folder of somebody else's, a file that is mounted alone
+        if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
         path.write_text(text, encoding="utf-8")
     finally:
         part.unlink(missing_ok=True)
