@@ -3,8 +3,8 @@
 The problems have the layer's own heads, dims, dtypes and pool layout and, on a GPU, the sizes by which kernels are
 chosen, so the kernels checked are those that will serve. They hold what kernels get wrong: a sequence longer than a
 chunk, an empty one, a fresh one in a poisoned row, a padding one with tokens; whatever nothing names must stay
-bit-identical. That a backend passed is remembered on disk, by device,
-versions and problem, so that a start pays for it once; that it failed is not.
+bit-identical. That a backend passed is remembered on disk, by device, versions and problem, so that a start pays for it
+once; that it failed is not.
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ def fingerprint() -> str:
 def run(row: Backend, problem: Problem, device: str) -> CheckResult:
     """Run the small problems through a backend and through the recurrence. Whatever goes wrong is in the result.
 
-    Args:
-        device: of the platform.
-
     In a thread of its own: the caller's default device, autocast, grad mode and tracing are the caller's thread's.
+
+    Args:
+        device: as the platform names it.
     """
     device = "cuda" if device == "rocm" else device  # as torch calls it
     if row.target in _under_way.get():

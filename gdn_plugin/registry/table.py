@@ -170,7 +170,7 @@ def _flashinfer(op: str, *checks: Check, wants: Wants = Wants(), notes: tuple[Ch
             _cutlass_dsl,
         ),
         preferred=measured("flashinfer"),
-        # Not by_size: some of its kernels are compiled for a pool of one size, some of them for most of a minute.
+        # Not by_size: some of its kernels are compiled for a pool's exact size, 1 to 40 s each.
         wants=wants,
         notes=notes,
         install=GDN_FLASHINFER_INSTALL,

@@ -131,16 +131,16 @@ def conv_head(
                 b_late = tl.load(p_x + i_t * stride_x + o_d)
                 tl.store(p_history + (W - 2 + i_t) * stride_cs_w, b_late.to(p_conv_state.dtype.element_ty))
 
-    last = tl.minimum(steps, (room + RUN - 1) // RUN)
+    num_steps = tl.minimum(steps, (room + RUN - 1) // RUN)
     rows = ()  # of the next step
     for j in tl.static_range(RUN):
         rows = rows + (tl.load(p_run, mask=(o_r + j < seen)[:, None], other=0.0),)
         p_run += stride_x
-    for i_s in range(last):
+    for i_s in range(num_steps):
         inputs = window
         for j in tl.static_range(RUN):
             inputs = inputs + (rows[j].to(tl.float32),)
-        there = tl.where(i_s + 1 < last, seen, 0)
+        there = tl.where(i_s + 1 < num_steps, seen, 0)
         rows = ()
         for j in tl.static_range(RUN):
             m_t = o_r + ((i_s + 1) * RUN + j) < there
