@@ -39,7 +39,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def finished() -> Path:
-    """The library of the level in use, from the cache of the test run."""
+    """The library of the level in use, from the cache of the test run; loaded here before tests stand for the loader.
+
+    Another process sees to the file: this one may have loaded its own from a cache that an earlier test had for itself.
+    """
+    subprocess.run([sys.executable, "-c", LOAD], check=True, capture_output=True, cwd=ROOT)
     build.operator("decode")
     name = build.file_name(build.level())
     return next(path / name for path in cache.folders("cpu") if (path / name).exists())
