@@ -54,7 +54,7 @@ from gdn_plugin.backends.triton.gates import (
 )
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import any_flags, compile_count, counted, device_sm, launch
-from gdn_plugin.backends.triton.staged import MOST_TOKENS, NO_RING, Staging, Stagings, staged_kernel, step_options
+from gdn_plugin.backends.triton.staged import NO_RING, Staging, Stagings, staged_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -286,25 +286,28 @@ def fused_verify_kernel(
 #     4096/2     10.0    26   126   182    473                   42   271
 #     8192/2     12.1    21   101   151    398                   41   266
 #     16384/4      13    21         155    410                   41   264
-# Smaller tiles are slower by as much as they repeat the convolution of q and k. Other GPUs and dims take the rows of
-# fused_decode, untimed.
+# and 128x6 of an fp32 state 16384/4 710, 8192/4 745. Smaller tiles are slower by as much as they repeat the convolution
+# of q and k. Other GPUs and dims take the rows of fused_decode, untimed.
 TILES = Tiles(
     {
         (0, 0, 0, ""): (Tile(4096, 4), Tile(4096, 2)),
         (90, 128, 128, ""): (Tile(4096, 4), Tile(8192, 2)),
+        (90, 128, 128, "float32"): (Tile(4096, 4), Tile(16384, 4)),
     }
 )
 
 # The same, staged, rows/buffers/warps, sequences x tokens 1x4, 8x4, 64x2, 64x4, 64x6, 64x8: bf16 state 64/4/4 12, 15.7,
 # 80, 133; 64/2/4 12, 16.4, 82, 138; past four tokens, see `step_options`, 186 and 240. The tiles above in these runs:
-# 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265.
+# 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265. Past
+# four tokens of an fp32 state a multiprocessor has registers for one program in place of two: 128x6 took 812 on an
+# H200, faster as that is, where the tiles above took 710 on an H100.
 _HALF = (None, Staging(64, 4, 4), Staging(64, 4, 4))
 STAGINGS = Stagings(
     {
         (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (None, Staging(128, 1, 8), Staging(128, 1, 8)),
+        (90, 128, 128, "float32"): (None, Staging(128, 1, 8), Staging(128, 1, 8, tokens=4)),
     }
 )
 
@@ -351,8 +354,7 @@ def run(
         "K": head_k_dim, "V": head_v_dim, "W": conv_weight.shape[1], "RATIO": ratio,
     }  # fmt: skip
     sequences = batch + int(zero_padding)  # the last are the tokens past cu_seqlens[-1]
-    if config is None and num_slots <= MOST_TOKENS:
-        config = STAGINGS.staging(state, batch, num_k_heads)
+    config = config or STAGINGS.staging(state, batch, num_k_heads, num_slots)
     if isinstance(config, Staging):
         options = step_options(config, ratio, head_v_dim, num_slots)
         launch(staged_kernel, (sequences * num_k_heads,), **arguments, **NO_RING, **options)

@@ -48,14 +48,7 @@ from gdn_plugin.backends.triton.fused_verify import conv_inputs, convolve, norma
 from gdn_plugin.backends.triton.gates import l2_normalise, log_decay, rms_norm_gated, round_to, sigmoid
 from gdn_plugin.backends.triton.heads import qkv_strides, value_strides
 from gdn_plugin.backends.triton.launch import any_flags, compile_count, counted, device_sm, launch
-from gdn_plugin.backends.triton.staged import (
-    MOST_SLOTS,
-    MOST_TOKENS,
-    Staging,
-    Stagings,
-    staged_kernel,
-    step_options,
-)
+from gdn_plugin.backends.triton.staged import MOST_SLOTS, Staging, Stagings, staged_kernel, step_options
 from gdn_plugin.backends.triton.variants import KernelVariant, fused_forms, variants_of
 from gdn_plugin.backends.triton.workspace import counters
 from gdn_plugin.registry import BackendOp, Platform, Problem
@@ -417,8 +410,8 @@ def run(
         "RB": triton.next_power_of_2(slots),
     }  # fmt: skip
     sequences = batch + int(zero_padding and speculative)  # the last are the tokens past cu_seqlens[-1]
-    if config is None and slots <= MOST_SLOTS and most <= MOST_TOKENS:
-        config = STAGINGS.staging(state, batch, num_k_heads, (ring_k, ring_u))
+    if config is None and slots <= MOST_SLOTS:
+        config = STAGINGS.staging(state, batch, num_k_heads, most, (ring_k, ring_u))
     if isinstance(config, Staging):
         options = step_options(config, ratio, head_v_dim, most if speculative else 1, ring=True)
         # A matrix product is of 16 slots at least.

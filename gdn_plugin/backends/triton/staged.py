@@ -70,11 +70,15 @@ log_decay, sigmoid, silu, rms_norm_gated = (
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Tiles of `rows` rows of a state, of which `buffers` are under way at a time (at most all); warps a program."""
+    """Tiles of `rows` rows of a state, of which `buffers` are under way at a time (at most all); warps a program.
+
+    tokens: of a sequence, at most; where there may be more the other kernel is no slower.
+    """
 
     rows: int
     buffers: int
     num_warps: int
+    tokens: int = MOST_TOKENS
 
 
 Row = tuple[Staging | None, Staging | None, Staging | None]
@@ -93,10 +97,11 @@ class Stagings(Table[Row]):
         self.some = some
 
     def staging(
-        self, state: Tensor, num_sequences: int, num_k_heads: int, others: tuple[Tensor, ...] = ()
+        self, state: Tensor, num_sequences: int, num_k_heads: int, tokens: int = 1, others: tuple[Tensor, ...] = ()
     ) -> Staging | None:
         """For a call on pool `state` [N, Hv, V, K]; None where the other kernel has to serve.
 
+        tokens: that a sequence may have.
         others: tensors whose rows are copied beside the state's.
         """
         num_v_heads, V, K = state.shape[1:]
@@ -106,7 +111,9 @@ class Stagings(Table[Row]):
             return None
         if any(x.data_ptr() % 16 or x.stride(0) % 16 for x in (state, *others)):
             return None  # a copy is of 16 bytes; Triton tells alignment by 16 elements
-        return self.lookup(device_sm(state.device), K, V, state.dtype)[(heads >= self.some) + (heads >= MANY_HEADS)]
+        row = self.lookup(device_sm(state.device), K, V, state.dtype)
+        found = row[(heads >= self.some) + (heads >= MANY_HEADS)]
+        return found if found is not None and tokens <= found.tokens else None
 
 
 @gluon.jit
