@@ -74,7 +74,7 @@ format: $(READY)  ## let ruff rewrite what it can
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-compile: $(READY)  ## every Triton variant for SM 90 and SM 100, with no GPU: registers, spills, shared memory
+compile: $(READY)  ## Triton's kernels for SM 90 and SM 100, with no GPU: registers, spills, shared memory
 	@$(BIN)/gdn-plugin compile --sm 90 --backend triton
 	@$(BIN)/gdn-plugin compile --sm 100 --backend triton
 
