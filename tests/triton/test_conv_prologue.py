@@ -63,7 +63,7 @@ def test_steps(monkeypatch, steps, lens):
 def test_blocks_leave_enough_programs_and_are_mostly_full():
     short, long = CONFIGS.lookup(90, 128, 128, torch.bfloat16)
     steps = partial(module.choose_steps, slots=65, width=4)
-    assert [steps(long, tokens, 1) for tokens in (128, 256, 1024, 4096, 16384)] == [1, 2, 4, 4, 4]
+    assert [steps(long, tokens, 1) for tokens in (256, 1024, 2048, 4096, 16384)] == [1, 4, 4, 4, 4]
     assert steps(long, 16384, 8) == 4 and steps(long, 16384, 512) == 2
     assert steps(short, 256, 64) == 1
 

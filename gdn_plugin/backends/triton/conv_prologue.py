@@ -277,9 +277,8 @@ class PrologueConfig:
 #     2x8/1           246   238   241   242         40.1  38.3  38.2  38.2
 # 8x2048 moves 544 MB, which a copy does in 181 us at 3.0 TB/s. With a step's rows asked for in that step, 1x8/1 took
 # 209 and 33.1 at 4 steps, and 2x4/1 at 8, which served then, 211 and 30.3; asking for weights before the block is found
-# did not help. The day before, that way: 1x4/1 6.4 at 1x256 and 11.2 at 64x4, 2x4/1 6.8 and 13.3. H200, 1x8/1 by steps,
-# 1, 2 and 4: 1x256 6.7, 6.4, 7.8; 1x512 10.8, 8.8, 8.8; with Hk 8, Hv 16 1x512 6.6, 6.1, 6.9 and 1x1024 10.6, 8.7, 8.6.
-# On sm_100 ptxas stops at 96 registers by itself and spills, hence the rows (compiled, not run).
+# did not help. The day before, that way: 1x4/1 6.4 at 1x256 and 11.2 at 64x4, 2x4/1 6.8 and 13.3. On sm_100 ptxas stops
+# at 96 registers by itself and spills, hence the rows (compiled, not run).
 _SHORT = PrologueConfig(runs=1, run_length=4, num_warps=1)
 _LONG = PrologueConfig(runs=1, run_length=8, num_warps=1)
 CONFIGS: Table[tuple[PrologueConfig, PrologueConfig]] = Table(
@@ -291,7 +290,7 @@ CONFIGS: Table[tuple[PrologueConfig, PrologueConfig]] = Table(
     }
 )
 MAX_STEPS = 4
-PROGRAMS = 1000  # of one warp: seven or eight on each of 132 multiprocessors
+PROGRAMS = 2000  # of one warp: fifteen on each of an H100's 132 multiprocessors
 
 
 def choose_config(
