@@ -287,7 +287,7 @@ def fused_verify_kernel(
 #     8192/2     12.1    21   101   151    398                   41   266
 #     16384/4      13    21         155    410                   41   264
 # and 128x6 of an fp32 state 16384/4 710, 8192/4 745. Smaller tiles are slower by as much as they repeat the convolution
-# of q and k. Other GPUs and dims take the rows of fused_decode, untimed.
+# of q and k. Other GPUs and dims take the rows of fused_decode, and other numbers of heads these, untimed.
 TILES = Tiles(
     {
         (0, 0, 0, ""): (Tile(4096, 4), Tile(4096, 2)),
@@ -300,7 +300,7 @@ TILES = Tiles(
 # 80, 133; 64/2/4 12, 16.4, 82, 138; past four tokens, see `step_options`, 186 and 240. The tiles above in these runs:
 # 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265. Past
 # four tokens of an fp32 state a multiprocessor has registers for one program in place of two: 128x6 took 812 on an
-# H200, faster as that is, where the tiles above took 710 on an H100.
+# H200, whose memory is faster than the H100's, where the tiles above took 710. On an H200 these were not run.
 _HALF = (None, Staging(64, 4, 4), Staging(64, 4, 4))
 STAGINGS = Stagings(
     {

@@ -24,7 +24,7 @@ This is Gluon, Triton's own language with layouts said: a Triton program can nei
 outside a pipelined loop, nor keep its tile in one layout (both were tried: 391 us for 231 at 256 sequences). Triton's
 interpreter does not know it; tests/support/gluon_on_cpu.py does. A launcher asks `staging` and takes its own kernel
 where that has none: other GPUs and dims, an older Triton, few heads, value heads that are no power of two, pools whose
-rows are not aligned, long rings.
+rows are not aligned, long rings, many drafts.
 
 Layouts, NW warps, VEC elements of a state in 16 bytes:
     TILE     [BV, K] of a state: 8 lanes along K, so that a row's sum takes three shuffles and a thread has K/8 of a row
@@ -72,7 +72,7 @@ log_decay, sigmoid, silu, rms_norm_gated = (
 class Staging:
     """Tiles of `rows` rows of a state, of which `buffers` are under way at a time (at most all); warps a program.
 
-    tokens: of a sequence, at most; where there may be more the other kernel is no slower.
+    tokens: of a sequence, at most: what serves more is the other kernel, as faster or as these are not unrolled.
     """
 
     rows: int
