@@ -39,9 +39,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def finished() -> Path:
-    """The library of the level in use, from the cache of the test run; loaded here before tests stand for the loader.
+    """The library of the level in use, from the cache of the test run; loaded too, before `Builds` replaces the loader.
 
-    Another process sees to the file: this one may have loaded its own from a cache that an earlier test had for itself.
+    Another process finds or builds the file: this one may have loaded its library from an earlier test's own cache.
     """
     subprocess.run([sys.executable, "-c", LOAD], check=True, capture_output=True, cwd=ROOT)
     build.operator("decode")

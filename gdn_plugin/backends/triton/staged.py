@@ -72,7 +72,7 @@ log_decay, sigmoid, silu, rms_norm_gated = (
 class Staging:
     """Tiles of `rows` rows of a state, of which `buffers` are under way at a time (at most all); warps a program.
 
-    tokens: of a sequence, at most: what serves more is the other kernel, as faster or as these are not unrolled.
+    tokens: the most that a sequence may have; beyond it the other kernel serves.
     """
 
     rows: int
