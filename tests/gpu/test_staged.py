@@ -25,9 +25,9 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize("batch", [32, 129, 257])
 def test_what_the_table_picks_at_every_batch(op, tokens, state, batch):
     """Through the launcher, again and again: what is overwritten before it was read shows as an error that moves."""
-    given = {"fresh": range(0, batch, 5), "layout": "SD"}
+    given = {"fresh": range(0, batch, 5), "layout": "SD", "slots": tokens}
     if op.startswith("replay"):
-        given["ring"] = 16
+        given["ring"] = 4 * max(tokens, 4)
     made = case(op, [1 + i % tokens for i in range(batch)], state=state, **given)
     for _ in range(5):
         check(STEP[op].run, made)

@@ -299,8 +299,8 @@ TILES = Tiles(
 # The same, staged, rows/buffers/warps, sequences x tokens 1x4, 8x4, 64x2, 64x4, 64x6, 64x8: bf16 state 64/4/4 12, 15.7,
 # 80, 133; 64/2/4 12, 16.4, 82, 138; past four tokens, see `step_options`, 186 and 240. The tiles above in these runs:
 # 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265. Past
-# four tokens of an fp32 state a multiprocessor has registers for one program in place of two: 128x6 took 812 on an
-# H200, whose memory is faster than the H100's, where the tiles above took 710. On an H200 these were not run.
+# four tokens of an fp32 state a multiprocessor has registers for one program in place of two (triton 3.9): 128x6 took
+# 812 on an H200, whose memory is faster than an H100's. The tiles above took 710 on an H100; not run on an H200.
 _HALF = (None, Staging(64, 4, 4), Staging(64, 4, 4))
 STAGINGS = Stagings(
     {
