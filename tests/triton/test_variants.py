@@ -178,9 +178,9 @@ def test_the_self_check_runs_every_configuration(op, heads, state_dtype):
         return launch.kernel.__name__, *chosen.items()
 
     # With more drafts other kernels serve. A host's may end early.
-    verifies = PHASE_OF_OP[op] == "verify"
-    for tokens in (4, 6, 8) if verifies else (0,):
-        problem = problem_of(op, heads, state_dtype, checkpoints=False, max_spec_tokens=tokens, ragged=verifies)
+    drafts = [{"max_spec_tokens": n, "ragged": True} for n in (4, 6, 8)] if PHASE_OF_OP[op] == "verify" else [{}]
+    for facts in drafts:
+        problem = problem_of(op, heads, state_dtype, checkpoints=False, **facts)
         wanted = {configured(variant.launch) for variant in listed(problem, 90).values()}
         launches = checked(problem).values()
         assert {configured(launch) for launch in launches} == wanted
