@@ -171,7 +171,7 @@ def fused_decode_kernel(
     if NORM and NV == 1:
         b_o = round_to(b_o, p_x.dtype.element_ty)
         b_z = tl.load(p_z + i_b * stride_z_t + i_hk * stride_z_k + i_r * stride_z_h + o_v).to(tl.float32)
-        b_weight = tl.load(p_norm_weight + o_v).to(tl.float32)
+        b_weight = tl.load(p_norm_weight + o_v).to(tl.float32)[None, :]
         b_y = rms_norm_gated(b_o[None, :], b_z[None, :], b_weight, V, eps, is_sigmoid)
         b_o = tl.reshape(b_y, [V])
     tl.store(p_o, b_o.to(p_out.dtype.element_ty))
@@ -203,7 +203,7 @@ def fused_decode_kernel(
                 b_part = tl.load(p_part, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
                 p_gate = p_z + i_b * stride_z_t + i_hk * stride_z_k + o_r[:, None] * stride_z_h + o_f[None, :]
                 b_z = tl.load(p_gate, mask=mask, other=0.0).to(tl.float32)
-                b_weight = tl.load(p_norm_weight + o_f).to(tl.float32)
+                b_weight = tl.load(p_norm_weight + o_f).to(tl.float32)[None, :]
                 b_y = rms_norm_gated(b_part, b_z, b_weight, V, eps, is_sigmoid)
                 tl.store(p_part, b_y.to(p_out.dtype.element_ty), mask=mask)
 

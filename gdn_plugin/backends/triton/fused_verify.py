@@ -117,7 +117,7 @@ def normalise_parts(p_out, p_z, p_norm_weight, length, stride_out_t, stride_out_
                     is_sigmoid, V: tl.constexpr, RATIO: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The gated norm of a group's `length` tokens in place, from p_out and p_z on, whose parts others stored."""
     o_f = tl.arange(0, V)
-    b_weight = tl.load(p_norm_weight + o_f).to(tl.float32)
+    b_weight = tl.load(p_norm_weight + o_f).to(tl.float32)[None, :]
     for i in range(0, length * RATIO, ROWS):
         o_r = i + tl.arange(0, ROWS)  # (token, value head of the group)
         o_t = (o_r // RATIO)[:, None]
@@ -248,7 +248,7 @@ def fused_verify_kernel(
         decay = tl.exp(log_decay(a.to(tl.float32), A_log, dt_bias))
         b_s, b_o = delta_step(b_s, b_q, b_k, b_v, decay, sigmoid(b.to(tl.float32)), scale)
         if NORM and NV == 1:
-            b_weight = tl.load(p_norm_weight + o_v).to(tl.float32)
+            b_weight = tl.load(p_norm_weight + o_v).to(tl.float32)[None, :]
             b_y = rms_norm_gated(round_to(b_o, IO)[None, :], b_z.to(tl.float32)[None, :], b_weight, V, eps, is_sigmoid)
             b_o = tl.reshape(b_y, [V])
         tl.store(p_out + i_t * stride_out_t + i_h * stride_out_h + o_v, b_o.to(p_out.dtype.element_ty))

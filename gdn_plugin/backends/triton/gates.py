@@ -32,9 +32,9 @@ def sigmoid(x):
 
 @triton.jit
 def rms_norm_gated(x, z, weight, D: tl.constexpr, eps, is_sigmoid):
-    """RMSNorm over the last axis of x [R, D], times weight [D], times sigmoid(z) or, where that is 0, silu(z)."""
-    y = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None] * weight[None, :]
-    return y * (tl.where(is_sigmoid != 0, 1.0, z) / (1.0 + tl.exp(-z)))
+    """RMSNorm of rows x [R, D], times weight [R or 1, D], times sigmoid(z) or, where is_sigmoid is 0, silu(z)."""
+    r = tl.rsqrt(1.0 + tl.exp2(z * -1.4426950408889634))  # see `silu`
+    return x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None] * weight * (tl.where(is_sigmoid != 0, 1.0, z) * r * r)
 
 
 @triton.jit

@@ -228,7 +228,7 @@ def replay_kernel(
         b_u = sigmoid(b.to(tl.float32)) * (b_v - b_sk)
         b_o = scale * (b_sq + tl.sum(b_k * b_q, axis=0) * b_u)
         if NORM and NV == 1:
-            b_weight = tl.load(p_norm_weight + o_v).to(tl.float32)
+            b_weight = tl.load(p_norm_weight + o_v).to(tl.float32)[None, :]
             b_y = rms_norm_gated(round_to(b_o, IO)[None, :], b_z.to(tl.float32)[None, :], b_weight, V, eps, is_sigmoid)
             b_o = tl.reshape(b_y, [V])
         tl.store(p_out + i_t * stride_out_t + i_h * stride_out_h + o_v, b_o.to(p_out.dtype.element_ty))

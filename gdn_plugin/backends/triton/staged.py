@@ -695,7 +695,7 @@ def staged_kernel(
 
     b_o = s_o.load(ROWS)
     if NORM:
-        weight = norm_weight.to(gl.float32)
+        weight = norm_weight.to(gl.float32)[None, :]
         b_o = rms_norm_gated(b_o.to(gl.float32), b_z.to(gl.float32), weight, V, eps, is_sigmoid)
     p_line = p_out + o_l // RATIO * stride_out_t + o_l % RATIO * stride_out_h + o_f[None, :]
     gl.store(p_line, b_o.to(p_out.dtype.element_ty), mask=wanted_rows)
