@@ -374,7 +374,8 @@ def server(folder: str, out: Path, environment: dict[str, str], *arguments: str,
     settings = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes", "gpu_memory_utilization")
     usual = ["--no-enable-prefix-caching"]
     usual += [part for name in settings for part in ("--" + name.replace("_", "-"), str(LLM[name]))]
-    return serve(Path(folder), out, *usual, *arguments, environment=seen(gpus) | environment)
+    # With nothing cached and seven engines starting beside it, one took more than 300 s.
+    return serve(Path(folder), out, *usual, *arguments, environment=seen(gpus) | environment, ready_s=500)
 
 
 def everybody(running: Server, prompts: list[list[int]], aborted: Container[int] = ()) -> list[list[int] | None]:

@@ -298,9 +298,10 @@ TILES = Tiles(
 
 # The same, staged, rows/buffers/warps, sequences x tokens 1x4, 8x4, 64x2, 64x4, 64x6, 64x8: bf16 state 64/4/4 12, 15.7,
 # 80, 133; 64/2/4 12, 16.4, 82, 138; past four tokens, see `step_options`, 186 and 240. The tiles above in these runs:
-# 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265. Past
-# four tokens of an fp32 state a multiprocessor has registers for one program in place of two (triton 3.9): 128x6 took
-# 812 on an H200, whose memory is faster than an H100's. The tiles above took 710 on an H100; not run on an H200.
+# 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265.
+# Past four tokens on an H200, 2026-11-29, 64x5, 64x6, 128x5, 128x6: bf16 151, 167, 297, 329, held to 128 registers 130,
+# 147, 247, 284; fp32 314, 387, 628, 779, held to 128 292, 327, 608, 685, the tile above 271, 312, 522, 605 (4096/2 and
+# 8192/2 the same, 8192/4 578 at 128x5, 16384/8 706; staged in 32 or 64 rows 794 to 992 there).
 _HALF = (None, Staging(64, 4, 4), Staging(64, 4, 4))
 STAGINGS = Stagings(
     {

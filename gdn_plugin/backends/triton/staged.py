@@ -715,8 +715,11 @@ def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool =
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
     if not ring:  # a state that is written is gone through twice, so all of a head's has to be there
         buffers = max(buffers, V // rows)
-    return {
+    options: dict[str, Any] = {
         "BV": rows, "NBUF": min(buffers, ratio * V // rows), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
         "num_warps": min(warps, ratio * V // 32),
     }  # fmt: skip
+    if tokens > 4 and options["num_warps"] == 8:
+        options["maxnreg"] = 128  # else 151 to 255, and a multiprocessor has one program in place of two
+    return options
