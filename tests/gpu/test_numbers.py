@@ -7,7 +7,7 @@ import torch
 
 from gdn_plugin.ops import cases
 from gdn_plugin.ops.cases import Heads
-from tests.support.checks import bits, check
+from tests.support.checks import bits, check, run_reference
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 QWEN = Heads(4, 8, 128, 128)
@@ -74,8 +74,9 @@ def test_triton_decode(backend_function, op, heads, io, state):
 @pytest.mark.parametrize("batch", [1, 64, 257])
 def test_triton_fused_decode_batches(backend_function, layout, norm, batch):
     case = cases.fused_decode_case(batch, QWEN, BF16, layout=layout, norm=norm, gate="sigmoid", device="cuda")
+    want = run_reference(case)
     for _ in range(5):  # a race shows as an error that moves
-        check(backend_function("triton", "fused_decode"), case)
+        check(backend_function("triton", "fused_decode"), case, want=want)
 
 
 @pytest.mark.parametrize("layout", ["DS", "SD"])
@@ -87,8 +88,9 @@ def test_triton_fused_verify_batches(backend_function, layout, norm, drafts, bat
     case = cases.fused_verify_case(
         lens, QWEN, BF16, BF16, slots=drafts + 1, layout=layout, norm=norm, fresh=range(0, batch, 5), device="cuda"
     )
+    want = run_reference(case)
     for _ in range(5):  # a race shows as an error that moves
-        check(backend_function("triton", "fused_verify"), case)
+        check(backend_function("triton", "fused_verify"), case, want=want)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=ids)
@@ -121,8 +123,9 @@ def test_triton_replay_batches(backend_function, layout, slots, batch):
         [1 + i % slots for i in range(batch)], QWEN, BF16, slots=slots, ring=16, layout=layout,
         fresh=range(0, batch, 5), device="cuda",
     )  # fmt: skip
+    want = run_reference(case)
     for _ in range(5):  # a race shows as an error that moves
-        check(backend_function("triton", "replay_verify"), case)
+        check(backend_function("triton", "replay_verify"), case, want=want)
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=ids)
