@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from gdn_plugin import ops
 from gdn_plugin.ops.cases import Heads
 from gdn_plugin.registry import OPS, Wants, backend_names
 from gdn_plugin.tools.bench import contenders, report, run, shapes
@@ -72,6 +74,46 @@ def test_wrong_numbers_are_not_timed(monkeypatch):
     liar, ours = run.compare("decode", ["liar", "torch"], TINY, "3", device="cpu", limits=LIMITS, seconds=0.1)
     assert liar.us is None and "wrong numbers" in liar.note
     assert ours.ratio == 1.0
+
+
+def test_a_configuration_by_hand():
+    """A tuning script's: the fields of whichever dataclass the kernel takes has so many."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from gdn_plugin.backends.triton.configs import Tile
+    from gdn_plugin.backends.triton.staged import Staging
+
+    seen = []
+
+    def spy(*, out, config=None, **given):
+        seen.append(config)
+        ops.decode(**given, out=out, backend="torch")
+
+    spy.__annotations__ = {"config": Tile | Staging | None}
+
+    case = run.inputs("decode", Heads(1, 2, 64, 64), (1, 1), "bfloat16", "float32", "cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(contenders, "load", lambda row: SimpleNamespace(run=spy))
+        for numbers in ("64/2", "64/2/4", "64/2/4/8/128"):
+            assert run.error(case, contenders.maker("decode", f"triton:{numbers}")) < run.LARGEST_ERROR
+    assert seen == [Tile(64, 2), Staging(64, 2, 4), Staging(64, 2, 4, 8, 128)]
+    for name, said in [
+        ("flashinfer:64/2", "Unavailable: flashinfer has no fused_verify"),
+        ("triton:64", "takes Tile elements/num_warps or Staging rows/buffers/num_warps/tokens/registers, not 64"),
+        ("torch:64/2", "torch's fused_verify takes no configuration"),
+    ]:
+        (row,) = run.compare("fused_verify", [name], TINY, "2x2", device="cpu", limits=LIMITS, seconds=0.1)
+        assert row.us is None and said in row.note, row.note
+
+
+@pytest.mark.parametrize("text", ["vllm,triton:64/2/4,triton", "torch:1"])
+def test_a_configuration_is_spelled(text):
+    assert bench._against(text) == tuple(text.split(","))
+
+
+@pytest.mark.parametrize("text", ["nope:64/2", "triton:", "triton:64/", "vllm:1", "triton:a"])
+def test_a_configuration_is_spelled_wrongly(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not known"):
+        bench._against(text)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -420,7 +420,7 @@ def run(
         options |= {"RB": max(16, arguments["RB"]), "p_start": None, "stride_start": 0, "has_start": 0, "num_slots": 1}
         if not speculative and state.element_size() == 2 and ratio <= 2 and options["RB"] == 16:
             # Four programs to a multiprocessor, as its shared memory lets them: 88 us at 256 sequences, else 92.
-            options["maxnreg"] = 128
+            options.setdefault("maxnreg", 128)
         launch(staged_kernel, (sequences * num_k_heads,), **arguments | options)
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)

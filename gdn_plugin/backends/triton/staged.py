@@ -73,12 +73,14 @@ class Staging:
     """Tiles of `rows` rows of a state, of which `buffers` are under way at a time (at most all); warps a program.
 
     tokens: the most that a sequence may have; beyond it the other kernel serves.
+    registers: that a thread is held to.
     """
 
     rows: int
     buffers: int
     num_warps: int
     tokens: int = MOST_TOKENS
+    registers: int | None = None
 
 
 Row = tuple[Staging | None, Staging | None, Staging | None]
@@ -710,16 +712,15 @@ NO_RING = {
 
 def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool = False) -> dict[str, Any]:
     """What a launch adds: tiles, for sequences of at most `tokens` tokens, and Triton's options."""
-    rows, buffers, warps = staging.rows, staging.buffers, staging.num_warps
+    rows, buffers, warps, registers = staging.rows, staging.buffers, staging.num_warps, staging.registers
     if tokens > 4:  # a thread has all tokens of its channels, so there have to be more threads
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
+        if ratio * V >= 32 * warps:  # else 151 to 255, and a multiprocessor has one program in place of two
+            registers = registers or 128
     if not ring:  # a state that is written is gone through twice, so all of a head's has to be there
         buffers = max(buffers, V // rows)
-    options: dict[str, Any] = {
+    return {
         "BV": rows, "NBUF": min(buffers, ratio * V // rows), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
-        "num_warps": min(warps, ratio * V // 32),
+        "num_warps": min(warps, ratio * V // 32), **({"maxnreg": registers} if registers else {}),
     }  # fmt: skip
-    if tokens > 4 and options["num_warps"] == 8:
-        options["maxnreg"] = 128  # else 151 to 255, and a multiprocessor has one program in place of two
-    return options

@@ -6,16 +6,19 @@ their maker runs; `Unavailable` says what is missing.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
 from gdn_plugin.ops.cases import Case
+from gdn_plugin.registry import load, rows
 
 Call = Callable[[], tuple[Tensor, ...]]
 Maker = Callable[[Case], Call]
@@ -40,6 +43,37 @@ def ours(backend: str) -> Maker:
         def call() -> tuple[Tensor, ...]:
             op(**given, **into, backend=backend)
             return buffers
+
+        return call
+
+    return make
+
+
+def by_hand(op: str, backend: str, numbers: str) -> Maker:
+    """A backend's kernel of an op with a configuration in place of its tables': the fields in order, joined by "/".
+
+    Raises:
+        Unavailable: there is no such kernel, or it takes none, or none of so many fields.
+    """
+    row = next((row for row in rows(op) if row.name == backend), None)
+    if row is None:
+        raise Unavailable(f"{backend} has no {op}")
+    run = load(row).run
+    kinds: list[Any] = [kind for kind in get_args(get_type_hints(run).get("config")) if is_dataclass(kind)]
+    for kind in kinds:
+        with contextlib.suppress(TypeError):
+            config = kind(*map(int, numbers.split("/")))
+            break
+    else:
+        spelled = [f"{kind.__name__} {'/'.join(field.name for field in fields(kind))}" for kind in kinds]
+        raise Unavailable(f"{backend}'s {op} takes {' or '.join(spelled) or 'no configuration'}, not {numbers}")
+
+    def make(case: Case) -> Call:
+        given = case.arguments()
+
+        def call() -> tuple[Tensor, ...]:
+            run(**given, config=config)
+            return tuple(given[name] for name in case.outputs)
 
         return call
 
@@ -323,11 +357,13 @@ OTHERS: dict[str, dict[str, Maker]] = {
 
 
 def maker(op: str, name: str) -> Maker:
-    """The maker of contender `name` for `op`: one of `OTHERS`, else one of our backends.
+    """The maker of contender `name` for `op`: one of `OTHERS`, else one of our backends, or BACKEND:NUMBERS, `by_hand`.
 
     Raises:
         Unavailable: the contender has nothing to compare this op with.
     """
+    if ":" in name:
+        return by_hand(op, *name.split(":"))
     if name not in OTHERS:
         return ours(name)
     if op not in OTHERS[name]:

@@ -83,7 +83,7 @@ def inputs(
 
 
 def _wants(op: str, name: str) -> Wants:
-    return next((row.wants for row in rows(op) if row.name == name), Wants())
+    return next((row.wants for row in rows(op) if row.name == name.partition(":")[0]), Wants())
 
 
 def error(case: Case, make: contenders.Maker) -> float:
@@ -111,7 +111,7 @@ def compare(
     seconds: float = 10.0,
     progress: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
-    """Times `names` (backends of ours or `contenders.OTHERS`) on one op, shape and batch mix.
+    """Times `names` (see `contenders.maker`) on one op, shape and batch mix.
 
     Args:
         shape: see `shapes.parse_shape`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
 from pathlib import Path
 
@@ -25,6 +26,13 @@ MIXES = {
 # Whom `contenders.OTHERS` knows; a test holds the two together, so that --help need not import torch.
 OTHERS = ("vllm", "transformers", "fla", "flashinfer-as-vllm", "flashinfer-raw")
 
+
+def _against(text: str) -> tuple[str, ...]:
+    """An argparse type: as `names`. How many numbers a backend's kernel takes is known where it runs."""
+    numbered = re.findall(rf"\b(?:{'|'.join(backend_names())}):\d+(?:/\d+)*", text)
+    return names(lambda: (*OTHERS, *backend_names(), *numbered))(text)
+
+
 ENGINE_ONLY = ("model", "rounds", "speculative", "replay", "tensor_parallel", "prefix_cache", "turns", "repeats")
 OPS_ONLY = ("op", "phase", "backend", "against", "mix", "graph")
 
@@ -39,9 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--against",
-        type=names(lambda: (*OTHERS, *backend_names())),
+        type=_against,
         default=(),
-        help="vllm, transformers, fla, flashinfer-raw, flashinfer-as-vllm",
+        help="vllm, transformers, fla, flashinfer-raw, flashinfer-as-vllm, or a backend of ours, also with a "
+        "configuration in place of its tables', the fields in order: triton:64/2/4",
     )
     parser.add_argument("--shape", default="qwen3-next", help="a named shape, or Hk,Hv,K,V (--list names them)")
     parser.add_argument("--mix", help="batch mixes joined by commas: 8x1024, 1+64+513, ragged; decode: 32")
