@@ -346,6 +346,7 @@ def test_two_stages_are_one(ask) -> None:
     agree(ours, stock)
 
 
+@pytest.mark.timeout(1200)  # two starts, with nothing cached perhaps
 @pytest.mark.parametrize("kind", KINDS)
 def test_requests_that_are_given_up(ask, model, tmp_path: Path, kind: str) -> None:
     """Every third client hangs up after a few tokens, with drafts; the others' answers are stock's."""
@@ -361,6 +362,7 @@ def test_requests_that_are_given_up(ask, model, tmp_path: Path, kind: str) -> No
 
 
 @needs_two
+@pytest.mark.timeout(1200)  # as above
 def test_two_engines_behind_one_server_are_one(ask, model, tmp_path: Path) -> None:
     stock, _ = ask("flat", STOCK)
     environment = OVER_NCCL | KINDS["plugin"]

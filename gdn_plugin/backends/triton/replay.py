@@ -415,7 +415,7 @@ def run(
     if config is None and slots <= MOST_SLOTS:
         config = STAGINGS.staging(state, batch, num_k_heads, most, (ring_k, ring_u))
     if isinstance(config, Staging):
-        options = step_options(config, ratio, head_v_dim, most if speculative else 1, ring=True)
+        options = step_options(config, ratio, head_v_dim, most if speculative else 1, slots)
         # A matrix product is of 16 slots at least.
         options |= {"RB": max(16, arguments["RB"]), "p_start": None, "stride_start": 0, "has_start": 0, "num_slots": 1}
         if not speculative and state.element_size() == 2 and ratio <= 2 and options["RB"] == 16:

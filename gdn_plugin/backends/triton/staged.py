@@ -710,14 +710,21 @@ NO_RING = {
 }  # fmt: skip
 
 
-def step_options(staging: Staging, ratio: int, V: int, tokens: int, ring: bool = False) -> dict[str, Any]:
-    """What a launch adds: tiles, for sequences of at most `tokens` tokens, and Triton's options."""
+def step_options(staging: Staging, ratio: int, V: int, tokens: int, slots: int = 0) -> dict[str, Any]:
+    """What a launch adds: tiles, for sequences of at most `tokens` tokens, and Triton's options.
+
+    Args:
+        ratio: value heads of a key head.
+        slots: of a ring; 0: the op has none.
+    """
     rows, buffers, warps, registers = staging.rows, staging.buffers, staging.num_warps, staging.registers
     if tokens > 4:  # a thread has all tokens of its channels, so there have to be more threads
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
-        if ratio * V >= 32 * warps:  # else 151 to 255, and a multiprocessor has one program in place of two
+        if ratio == 2 and slots <= 16:
+            # Else 151 to 255, and a multiprocessor has one program, where its shared memory holds two. Of four heads or
+            # longer rings that holds one, or it was not timed; of one head there are fewer threads.
             registers = registers or 128
-    if not ring:  # a state that is written is gone through twice, so all of a head's has to be there
+    if slots == 0:  # a state that is written is gone through twice, so all of a head's has to be there
         buffers = max(buffers, V // rows)
     return {
         "BV": rows, "NBUF": min(buffers, ratio * V // rows), "L": triton.next_power_of_2(tokens),
