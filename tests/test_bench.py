@@ -77,7 +77,7 @@ def test_wrong_numbers_are_not_timed(monkeypatch):
 
 
 def test_a_configuration_by_hand():
-    """A tuning script's: the fields of whichever dataclass the kernel takes has so many."""
+    """Numbers go to the first dataclass that the kernel takes and that has so many fields."""
     pytest.importorskip("triton", reason="Triton is not installed")
     from gdn_plugin.backends.triton.configs import Tile
     from gdn_plugin.backends.triton.staged import Staging
@@ -98,11 +98,13 @@ def test_a_configuration_by_hand():
     assert seen == [Tile(64, 2), Staging(64, 2, 4), Staging(64, 2, 4, 8, 128)]
     for name, said in [
         ("flashinfer:64/2", "Unavailable: flashinfer has no fused_verify"),
+        ("triton:64/2/4/8/128/1", "not 64/2/4/8/128/1"),
         ("triton:64", "takes Tile elements/num_warps or Staging rows/buffers/num_warps/tokens/registers, not 64"),
         ("torch:64/2", "torch's fused_verify takes no configuration"),
     ]:
         (row,) = run.compare("fused_verify", [name], TINY, "2x2", device="cpu", limits=LIMITS, seconds=0.1)
         assert row.us is None and said in row.note, row.note
+        assert said.split()[-1] in report.table([row])
 
 
 @pytest.mark.parametrize("text", ["vllm,triton:64/2/4,triton", "torch:1"])

@@ -350,9 +350,10 @@ TILES = Tiles(
 # The same, staged, rows/buffers/warps, replay_decode at B = 1, 8, 64, 256: bf16 state 64/2/4 4.6, 5.4, 35, 123; 128/1/4
 # -, -, 35, 123; fp32 64/2/4 -, -, 63, 227; 32/2/4 -, 8.7, 63, 229. replay_verify at 1x4, 8x4, 64x4 (one accepted),
 # 64x6, 64x8: bf16 64/2/4 8.0, 11.7, 51; past four tokens, see `step_options`, 123 and 148; fp32 64/2/4 16, 22, 96;
-# 128/1/8 13, 19, 117. The tiles above in the same runs, 64x4 to 64x8: bf16 193, 259, 328; fp32 208. Held to 128
-# registers past four tokens, as `step_options` has it since, 8x6, 64x6, 128x5 on an H200: bf16 18, 100, 174, before
-# 18, 134, 241; fp32 25, 142, 239 (with spills of 152 to 256 bytes, triton 3.9), before 30, 180, 316.
+# 128/1/8 13, 19, 117. The tiles above in the same runs, 64x4 to 64x8: bf16 193, 259, 328; fp32 208. Not held to
+# 128 registers past four tokens: with a ring of 16, which hosts have up to four (20 to 32 beyond, untimed), 8x6, 64x6,
+# 128x5 on an H200 took bf16 18, 134, 241 and so held 18, 100, 174; fp32 30, 180, 316 and 25, 142, 239 (152 to 256
+# bytes of spills, triton 3.9).
 # fp32 with few heads, by (sequence, value head) pairs, the tiles above against 64/2/4: replay_decode 32 6.2 and 7.7, 64
 # 7.5 and 8.2 to 8.6, 128 11.9 to 12.5 and 8.4 to 8.9, 256 11.4 and 9.0; replay_verify of four tokens 32 11.3 and 15.7,
 # 64 20 to 21 and 17 to 22, 128 38 and 20 to 23 (heads of one rank, of two and of four; H100).

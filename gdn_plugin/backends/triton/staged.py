@@ -720,9 +720,9 @@ def step_options(staging: Staging, ratio: int, V: int, tokens: int, slots: int =
     rows, buffers, warps, registers = staging.rows, staging.buffers, staging.num_warps, staging.registers
     if tokens > 4:  # a thread has all tokens of its channels, so there have to be more threads
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
-        if ratio == 2 and slots <= 16:
-            # Else 151 to 255, and a multiprocessor has one program, where its shared memory holds two. Of four heads or
-            # longer rings that holds one, or it was not timed; of one head there are fewer threads.
+        if ratio == 2 and slots == 0:
+            # Else 151 to 174, and a multiprocessor has one program, where its shared memory holds two. Of four heads it
+            # holds one, of one head there are fewer threads; beside the rings that hosts have it was not timed.
             registers = registers or 128
     if slots == 0:  # a state that is written is gone through twice, so all of a head's has to be there
         buffers = max(buffers, V // rows)

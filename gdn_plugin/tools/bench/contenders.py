@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import itertools
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
@@ -50,22 +50,28 @@ def ours(backend: str) -> Maker:
 
 
 def by_hand(op: str, backend: str, numbers: str) -> Maker:
-    """A backend's kernel of an op with a configuration in place of its tables': the fields in order, joined by "/".
+    """A backend's kernel of an op with a configuration in place of its tables': its first fields, joined by "/".
+
+    The kernel is called as it is, without the public op around it: compare in graphs.
 
     Raises:
-        Unavailable: there is no such kernel, or it takes none, or none of so many fields.
+        Unavailable: there is no such kernel, or it takes none, or none of so many numbers.
     """
     row = next((row for row in rows(op) if row.name == backend), None)
     if row is None:
         raise Unavailable(f"{backend} has no {op}")
     run = load(row).run
-    kinds: list[Any] = [kind for kind in get_args(get_type_hints(run).get("config")) if is_dataclass(kind)]
-    for kind in kinds:
-        with contextlib.suppress(TypeError):
-            config = kind(*map(int, numbers.split("/")))
-            break
-    else:
-        spelled = [f"{kind.__name__} {'/'.join(field.name for field in fields(kind))}" for kind in kinds]
+    values = [int(number) for number in numbers.split("/")]
+    taken = get_type_hints(run).get("config")
+    classes = [kind for kind in (taken, *get_args(taken)) if is_dataclass(kind)]
+    kinds: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in classes}
+    config = None
+    for kind, hints in kinds.items():
+        if all(hint in (int, int | None) for hint in list(hints.values())[: len(values)]):
+            with contextlib.suppress(TypeError):  # too many or too few
+                config = config or kind(*values)
+    if config is None:
+        spelled = [f"{kind.__name__} {'/'.join(hints)}" for kind, hints in kinds.items()]
         raise Unavailable(f"{backend}'s {op} takes {' or '.join(spelled) or 'no configuration'}, not {numbers}")
 
     def make(case: Case) -> Call:
@@ -363,7 +369,7 @@ def maker(op: str, name: str) -> Maker:
         Unavailable: the contender has nothing to compare this op with.
     """
     if ":" in name:
-        return by_hand(op, *name.split(":"))
+        return by_hand(op, *name.split(":", 1))
     if name not in OTHERS:
         return ours(name)
     if op not in OTHERS[name]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -52,7 +53,7 @@ def table(rows: list[Row]) -> str:
                 f"{_cell(shares[0], '.0f'):>8}{_cell(shares[1], '.0f'):>10}{_cell(row.error, '.1e'):>10}"
             )
             if row.note:
-                lines.append(f"    {row.note[:76]}")
+                lines += textwrap.wrap(row.note, 80, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
 
 

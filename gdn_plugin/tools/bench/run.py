@@ -59,7 +59,7 @@ def problem(op: str, heads: Heads, dtype: str, state_dtype: str, lens: Sequence[
         padding="none" if op in ("prefill", "decode", "verify") else "any",
         max_spec_tokens=max(lens, default=0) if PHASE_OF_OP[op] == "verify" else 0,
         ragged=PHASE_OF_OP[op] == "verify" and len(set(lens)) > 1,
-        ring=max(USUAL_SLOTS, 2 * max(lens, default=0)) if op.startswith("replay_") else 0,
+        ring=max(USUAL_SLOTS, 4 * max(lens, default=0)) if op.startswith("replay_") else 0,
     )
 
 

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_against,
         default=(),
         help="vllm, transformers, fla, flashinfer-raw, flashinfer-as-vllm, or a backend of ours, also with a "
-        "configuration in place of its tables', the fields in order: triton:64/2/4",
+        "configuration in place of its tables', the fields in order: triton:64/2/4 (with --graph)",
     )
     parser.add_argument("--shape", default="qwen3-next", help="a named shape, or Hk,Hv,K,V (--list names them)")
     parser.add_argument("--mix", help="batch mixes joined by commas: 8x1024, 1+64+513, ragged; decode: 32")
