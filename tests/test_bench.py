@@ -128,6 +128,11 @@ def test_every_op_has_a_call(op, wants):
     assert op in bench.MIXES
 
 
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 16), (4, 16), (5, 20), (8, 32)])
+def test_a_ring_is_a_hosts(tokens, slots):
+    assert run.problem("replay_verify", Heads(1, 2, 64, 64), "bfloat16", "bfloat16", (1, tokens)).ring == slots
+
+
 def test_rows_for_vllm_are_one_later():
     """Its row 0 is nobody's: the one in front of the pool, which holds nothing."""
     pool = run.inputs("fused_verify", Heads(1, 2, 64, 64), (2, 2), "bfloat16", "float32", "cpu").pools["state"].view

@@ -6,7 +6,7 @@ from gdn_plugin.registry.errors import BackendError, BackendLoadError, NoBackend
 from gdn_plugin.registry.platform import Platform
 from gdn_plugin.registry.probe import probe
 from gdn_plugin.registry.problem import DTYPES, OPS, PADDING, PHASE_OF_OP, Problem
-from gdn_plugin.registry.replay import USUAL_SLOTS, Replay, decide
+from gdn_plugin.registry.replay import USUAL_SLOTS, Replay, decide, ring_slots
 from gdn_plugin.registry.requests import Request, replay_request, requests
 from gdn_plugin.registry.selection import Selection, select
 from gdn_plugin.registry.table import backend_names, rows
@@ -45,6 +45,7 @@ __all__ = [
     "probe",
     "replay_request",
     "requests",
+    "ring_slots",
     "rows",
     "select",
 ]

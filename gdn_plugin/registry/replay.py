@@ -139,8 +139,15 @@ def decide(
     refused = (obstacle() if obstacle else None) or _unable(backends or {}, spec_tokens)
     if refused:
         return Replay(0, refused, refused=request.value != "auto")
-    # The ops need two steps' tokens and fold where less room than that is left: with no more, at nearly every step.
-    return Replay(-(-max(slots, 4 * spec_tokens) // 4) * 4, why)
+    return Replay(ring_slots(spec_tokens, slots), why)
+
+
+def ring_slots(spec_tokens: int, slots: int = USUAL_SLOTS) -> int:
+    """Of a ring of at least `slots`, for steps of up to `spec_tokens` tokens: a multiple of 4.
+
+    The ops need two steps' tokens and fold where less room than that is left: with no more, at nearly every step.
+    """
+    return -(-max(slots, 4 * spec_tokens) // 4) * 4
 
 
 def _unable(backends: Mapping[str, str], spec_tokens: int) -> str | None:

@@ -721,7 +721,7 @@ def step_options(staging: Staging, ratio: int, V: int, tokens: int, slots: int =
     if tokens > 4:  # a thread has all tokens of its channels, so there have to be more threads
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
         if ratio == 2 and slots == 0:
-            # Else 151 to 174, and a multiprocessor has one program, where its shared memory holds two. Of four heads it
+            # Else 151 to 178, and a multiprocessor has one program, where its shared memory holds two. Of four heads it
             # holds one, of one head there are fewer threads; beside the rings that hosts have it was not timed.
             registers = registers or 128
     if slots == 0:  # a state that is written is gone through twice, so all of a head's has to be there

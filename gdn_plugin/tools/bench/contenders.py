@@ -65,12 +65,12 @@ def by_hand(op: str, backend: str, numbers: str) -> Maker:
     taken = get_type_hints(run).get("config")
     classes = [kind for kind in (taken, *get_args(taken)) if is_dataclass(kind)]
     kinds: dict[Any, dict[str, Any]] = {kind: get_type_hints(kind) for kind in classes}
-    config = None
     for kind, hints in kinds.items():
         if all(hint in (int, int | None) for hint in list(hints.values())[: len(values)]):
             with contextlib.suppress(TypeError):  # too many or too few
-                config = config or kind(*values)
-    if config is None:
+                config = kind(*values)
+                break
+    else:
         spelled = [f"{kind.__name__} {'/'.join(hints)}" for kind, hints in kinds.items()]
         raise Unavailable(f"{backend}'s {op} takes {' or '.join(spelled) or 'no configuration'}, not {numbers}")
 

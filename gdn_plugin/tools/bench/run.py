@@ -11,7 +11,7 @@ import torch
 
 from gdn_plugin.ops import cases, selfcheck
 from gdn_plugin.ops.cases import Case, Heads
-from gdn_plugin.registry import PHASE_OF_OP, USUAL_SLOTS, Problem, Wants, judge, load, probe, rows
+from gdn_plugin.registry import PHASE_OF_OP, Problem, Wants, judge, load, probe, ring_slots, rows
 from gdn_plugin.tools.bench import contenders, shapes, timing
 
 # Largest error at which a contender is still timed; bf16 outputs differ by about 4e-3.
@@ -59,7 +59,7 @@ def problem(op: str, heads: Heads, dtype: str, state_dtype: str, lens: Sequence[
         padding="none" if op in ("prefill", "decode", "verify") else "any",
         max_spec_tokens=max(lens, default=0) if PHASE_OF_OP[op] == "verify" else 0,
         ragged=PHASE_OF_OP[op] == "verify" and len(set(lens)) > 1,
-        ring=max(USUAL_SLOTS, 4 * max(lens, default=0)) if op.startswith("replay_") else 0,
+        ring=ring_slots(max(lens, default=0)) if op.startswith("replay_") else 0,
     )
 
 

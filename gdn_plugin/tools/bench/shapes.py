@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdn_plugin.ops.cases import WIDTH, Heads
-from gdn_plugin.registry import USUAL_SLOTS
+from gdn_plugin.registry import ring_slots
 
 CHUNK = 64
 
@@ -117,10 +117,11 @@ def cost(op: str, heads: Heads, lens: tuple[int, ...], io: int = 2, state: int =
     if op in ("replay_decode", "replay_verify"):
         # A state row in, and out once the ring is full; its updates in, half a ring of them, and this step's out.
         kept, update = max(lens), hk * K * io + hv * V * state + 4 * hv
-        states = batch * row * state * (USUAL_SLOTS + kept) // USUAL_SLOTS
-        rings = batch * (USUAL_SLOTS // 2 + kept) * update
+        slots = ring_slots(kept)
+        states = batch * row * state * (slots + kept) // slots
+        rings = batch * (slots // 2 + kept) * update
         around = batch * kept * (heads.conv_dim + 2 * hv * V) * io + conv_rows
-        done = 4 * row + USUAL_SLOTS // 2 * 4 * (hk * K + hv * V) + 2 * WIDTH * heads.conv_dim
+        done = 4 * row + slots // 2 * 4 * (hk * K + hv * V) + 2 * WIDTH * heads.conv_dim
         return Cost(states + rings + around, batch * kept * done)
     # One state row in, and one out a token; q, k, v in and out written. Verify keeps a row a token.
     kept = max(lens) if op in ("verify", "fused_verify") else 1

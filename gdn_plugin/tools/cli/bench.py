@@ -26,15 +26,14 @@ MIXES = {
 # Whom `contenders.OTHERS` knows; a test holds the two together, so that --help need not import torch.
 OTHERS = ("vllm", "transformers", "fla", "flashinfer-as-vllm", "flashinfer-raw")
 
+ENGINE_ONLY = ("model", "rounds", "speculative", "replay", "tensor_parallel", "prefix_cache", "turns", "repeats")
+OPS_ONLY = ("op", "phase", "backend", "against", "mix", "graph")
+
 
 def _against(text: str) -> tuple[str, ...]:
     """An argparse type: as `names`. How many numbers a backend's kernel takes is known where it runs."""
     numbered = re.findall(rf"\b(?:{'|'.join(backend_names())}):\d+(?:/\d+)*", text)
     return names(lambda: (*OTHERS, *backend_names(), *numbered))(text)
-
-
-ENGINE_ONLY = ("model", "rounds", "speculative", "replay", "tensor_parallel", "prefix_cache", "turns", "repeats")
-OPS_ONLY = ("op", "phase", "backend", "against", "mix", "graph")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
