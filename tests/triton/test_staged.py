@@ -69,17 +69,24 @@ def test_a_program_fits(op, heads, state, batch):
     assert launch.grid == (batch * heads[0],)
 
 
-@pytest.mark.parametrize("state", [BF16, FP32], ids=str)
-def test_two_programs_fit_where_registers_are_held(state):
-    """Past four tokens; of four value heads a key head shared memory holds one program, and values would be spilt."""
-    launch = launched("fused_verify", 16, state=state, slots=6)
+# Past four tokens, with the rings that hosts have then.
+@pytest.mark.parametrize(
+    ("op", "slots", "ring"), [("fused_verify", 6, 0), ("replay_verify", 5, 20), ("replay_verify", 8, 32)]
+)
+def test_two_programs_fit_where_registers_are_held(op, slots, ring):
+    given = {"slots": slots, **({"ring": ring} if ring else {})}
+
+    def two_fit(launch):
+        with pretended(90):
+            compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
+        return 2 * (compiled.metadata.shared + 1024) <= 228 << 10
+
+    launch = launched(op, 16, **given)
     assert launch.arguments["maxnreg"] * launch.arguments["num_warps"] * 32 == 65536 // 2
-    with pretended(90):
-        compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
-    assert 2 * (compiled.metadata.shared + 1024) <= 228 << 10
-    wide = launched("fused_verify", 16, Heads(8, 32, 128, 128), state, slots=6)
-    with pretended(90):
-        compiled = wide.kernel.warmup(grid=wide.grid, **wide.arguments)
-    assert 2 * (compiled.metadata.shared + 1024) > 228 << 10 and "maxnreg" not in wide.arguments
-    assert "maxnreg" not in launched("fused_verify", 16, Heads(16, 16, 128, 128), state, slots=6).arguments
-    assert "maxnreg" not in launched("replay_verify", 16, state=state, slots=6, ring=24).arguments
+    assert two_fit(launch)
+    wide = launched(op, 16, Heads(8, 32, 128, 128), **given)
+    assert "maxnreg" not in wide.arguments and (ring or not two_fit(wide))
+    assert "maxnreg" not in launched(op, 16, Heads(16, 16, 128, 128), **given).arguments
+    exact = launched(op, 16, state=FP32, **given)
+    assert exact.kernel.__name__.startswith("staged") == bool(ring), "without one the other kernel is no slower"
+    assert "maxnreg" not in exact.arguments and (not ring or not two_fit(exact))

@@ -301,14 +301,15 @@ TILES = Tiles(
 # 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265.
 # Past four tokens on an H200, 2026-11-29, 64x5, 64x6, 128x5, 128x6: bf16 151, 167, 297, 329, held to 128 registers 130,
 # 147, 247, 284; fp32 314, 387, 628, 779, held to 128 292, 327, 608, 685, the tile above 271, 312, 522, 605 (4096/2 and
-# 8192/2 the same, 8192/4 578 at 128x5, 16384/8 706; staged in 32 or 64 rows 794 to 992 there).
+# 8192/2 the same, 8192/4 578 at 128x5, 16384/8 706; staged in 32 or 64 rows 794 to 992 there). Fewer, 8x5, 8x6, 16x6:
+# bf16 20.8, 23.9, 44.6, held 20.7, 23.1, 39.1; fp32 41.1, 47.5, 96.4, held 53.6, 59.3, 76.8, the tile 41.1, 46.9, 87.1.
 _HALF = (None, Staging(64, 4, 4), Staging(64, 4, 4))
 STAGINGS = Stagings(
     {
         (0, 0, 0, ""): (None, None, None),
         (90, 128, 128, "bfloat16"): _HALF,
         (90, 128, 128, "float16"): _HALF,
-        (90, 128, 128, "float32"): (None, Staging(128, 1, 8), Staging(128, 1, 8, tokens=4)),
+        (90, 128, 128, "float32"): (None, Staging(128, 1, 8, tokens=4), Staging(128, 1, 8, tokens=4)),
     }
 )
 
@@ -357,7 +358,7 @@ def run(
     sequences = batch + int(zero_padding)  # the last are the tokens past cu_seqlens[-1]
     config = config or STAGINGS.staging(state, batch, num_k_heads, num_slots)
     if isinstance(config, Staging):
-        options = step_options(config, ratio, head_v_dim, num_slots)
+        options = step_options(config, state, ratio, num_slots)
         launch(staged_kernel, (sequences * num_k_heads,), **arguments, **NO_RING, **options)
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)

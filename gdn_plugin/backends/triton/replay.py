@@ -350,10 +350,9 @@ TILES = Tiles(
 # The same, staged, rows/buffers/warps, replay_decode at B = 1, 8, 64, 256: bf16 state 64/2/4 4.6, 5.4, 35, 123; 128/1/4
 # -, -, 35, 123; fp32 64/2/4 -, -, 63, 227; 32/2/4 -, 8.7, 63, 229. replay_verify at 1x4, 8x4, 64x4 (one accepted),
 # 64x6, 64x8: bf16 64/2/4 8.0, 11.7, 51; past four tokens, see `step_options`, 123 and 148; fp32 64/2/4 16, 22, 96;
-# 128/1/8 13, 19, 117. The tiles above in the same runs, 64x4 to 64x8: bf16 193, 259, 328; fp32 208. Not held to
-# 128 registers past four tokens: with a ring of 16, which hosts have up to four (20 to 32 beyond, untimed), 8x6, 64x6,
-# 128x5 on an H200 took bf16 18, 134, 241 and so held 18, 100, 174; fp32 30, 180, 316 and 25, 142, 239 (152 to 256
-# bytes of spills, triton 3.9).
+# 128/1/8 13, 19, 117. The tiles above in the same runs, 64x4 to 64x8: bf16 193, 259, 328; fp32 208. Past four tokens on
+# an H200, 2026-11-29, with hosts' rings of 20 to 32, 8x6, 64x5, 64x6, 64x8, 128x5: bf16 21.5, 148, 147, 152, 286, held
+# to 128 registers 22.4, 120, 119, 122, 225; fp32 28.8, 191, 190, 196, 366, so held 29.9, 204, 201, 208, 390.
 # fp32 with few heads, by (sequence, value head) pairs, the tiles above against 64/2/4: replay_decode 32 6.2 and 7.7, 64
 # 7.5 and 8.2 to 8.6, 128 11.9 to 12.5 and 8.4 to 8.9, 256 11.4 and 9.0; replay_verify of four tokens 32 11.3 and 15.7,
 # 64 20 to 21 and 17 to 22, 128 38 and 20 to 23 (heads of one rank, of two and of four; H100).
@@ -416,7 +415,7 @@ def run(
     if config is None and slots <= MOST_SLOTS:
         config = STAGINGS.staging(state, batch, num_k_heads, most, (ring_k, ring_u))
     if isinstance(config, Staging):
-        options = step_options(config, ratio, head_v_dim, most if speculative else 1, slots)
+        options = step_options(config, state, ratio, most if speculative else 1, slots)
         # A matrix product is of 16 slots at least.
         options |= {"RB": max(16, arguments["RB"]), "p_start": None, "stride_start": 0, "has_start": 0, "num_slots": 1}
         if not speculative and state.element_size() == 2 and ratio <= 2 and options["RB"] == 16:

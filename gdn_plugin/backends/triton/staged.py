@@ -710,19 +710,21 @@ NO_RING = {
 }  # fmt: skip
 
 
-def step_options(staging: Staging, ratio: int, V: int, tokens: int, slots: int = 0) -> dict[str, Any]:
+def step_options(staging: Staging, state: Tensor, ratio: int, tokens: int, slots: int = 0) -> dict[str, Any]:
     """What a launch adds: tiles, for sequences of at most `tokens` tokens, and Triton's options.
 
     Args:
+        state: the pool.
         ratio: value heads of a key head.
         slots: of a ring; 0: the op has none.
     """
     rows, buffers, warps, registers = staging.rows, staging.buffers, staging.num_warps, staging.registers
+    V = state.shape[2]
     if tokens > 4:  # a thread has all tokens of its channels, so there have to be more threads
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
-        if ratio == 2 and slots == 0:
-            # Else 151 to 178, and a multiprocessor has one program, where its shared memory holds two. Of four heads it
-            # holds one, of one head there are fewer threads; beside the rings that hosts have it was not timed.
+        if ratio == 2 and state.element_size() == 2:
+            # Else 151 to 188, and a multiprocessor has one program where its shared memory holds two. It holds one of
+            # fp32 states beside a ring, and of four heads without one; other heads beside a ring are untimed.
             registers = registers or 128
     if slots == 0:  # a state that is written is gone through twice, so all of a head's has to be there
         buffers = max(buffers, V // rows)
