@@ -81,12 +81,16 @@ def test_two_programs_fit_where_registers_are_held(op, slots, ring):
             compiled = launch.kernel.warmup(grid=launch.grid, **launch.arguments)
         return 2 * (compiled.metadata.shared + 1024) <= 228 << 10
 
-    launch = launched(op, 16, **given)
-    assert launch.arguments["maxnreg"] * launch.arguments["num_warps"] * 32 == 65536 // 2
-    assert two_fit(launch)
+    for state in (BF16, torch.float16):
+        launch = launched(op, 16, state=state, **given)
+        assert launch.arguments["maxnreg"] * launch.arguments["num_warps"] * 32 == 65536 // 2
+        assert two_fit(launch)
+        assert "maxnreg" not in launched(op, 16, state=state, **given | {"slots": 4}).arguments
+    assert "maxnreg" not in launched(op, 7, **given).arguments, "a multiprocessor has one program at most"
     wide = launched(op, 16, Heads(8, 32, 128, 128), **given)
     assert "maxnreg" not in wide.arguments and (ring or not two_fit(wide))
     assert "maxnreg" not in launched(op, 16, Heads(16, 16, 128, 128), **given).arguments
-    exact = launched(op, 16, state=FP32, **given)
-    assert exact.kernel.__name__.startswith("staged") == bool(ring), "without one the other kernel is no slower"
-    assert "maxnreg" not in exact.arguments and (not ring or not two_fit(exact))
+    for batch in (8, 32):
+        exact = launched(op, batch, state=FP32, **given)
+        assert exact.kernel.__name__.startswith("staged") == bool(ring), "without one the other kernel serves"
+        assert "maxnreg" not in exact.arguments and (not ring or not two_fit(exact))

@@ -281,7 +281,7 @@ def run(
         launch(
             staged_kernel, (batch * num_k_heads,), **arguments, **NO_RING, p_accepted=None, p_start=None,
             p_cu_seqlens=None, p_initial=None, stride_start=0, has_start=0, has_initial=0, num_sequences=batch,
-            num_tokens=batch, num_slots=1, **step_options(config, state, ratio, 1),
+            num_tokens=batch, num_slots=1, **step_options(config, ratio, head_v_dim, 1),
         )  # fmt: skip
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)

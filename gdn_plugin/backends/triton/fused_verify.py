@@ -297,7 +297,7 @@ TILES = Tiles(
 )
 
 # The same, staged, rows/buffers/warps, sequences x tokens 1x4, 8x4, 64x2, 64x4, 64x6, 64x8: bf16 state 64/4/4 12, 15.7,
-# 80, 133; 64/2/4 12, 16.4, 82, 138; past four tokens, see `step_options`, 186 and 240. The tiles above in these runs:
+# 80, 133; 64/2/4 12, 16.4, 82, 138; past four tokens, not held, 186 and 240. The tiles above in these runs:
 # 9.1, -, -, 152, 206, 259. fp32: 128/1/8 37.6 at 8x4, 259 at 64x4; 64/2/8 38.1, 263; the tiles above 39.1, 265.
 # Past four tokens on an H200, 2026-11-29, 64x5, 64x6, 128x5, 128x6: bf16 151, 167, 297, 329, held to 128 registers 130,
 # 147, 247, 284; fp32 314, 387, 628, 779, held to 128 292, 327, 608, 685, the tile above 271, 312, 522, 605 (4096/2 and
@@ -358,7 +358,7 @@ def run(
     sequences = batch + int(zero_padding)  # the last are the tokens past cu_seqlens[-1]
     config = config or STAGINGS.staging(state, batch, num_k_heads, num_slots)
     if isinstance(config, Staging):
-        options = step_options(config, state, ratio, num_slots)
+        options = step_options(config, ratio, head_v_dim, num_slots)
         launch(staged_kernel, (sequences * num_k_heads,), **arguments, **NO_RING, **options)
         return
     tile = config or TILES.tile(device_sm(a.device), state.dtype, batch * num_v_heads, head_k_dim, head_v_dim)

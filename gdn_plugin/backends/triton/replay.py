@@ -349,7 +349,7 @@ TILES = Tiles(
 
 # The same, staged, rows/buffers/warps, replay_decode at B = 1, 8, 64, 256: bf16 state 64/2/4 4.6, 5.4, 35, 123; 128/1/4
 # -, -, 35, 123; fp32 64/2/4 -, -, 63, 227; 32/2/4 -, 8.7, 63, 229. replay_verify at 1x4, 8x4, 64x4 (one accepted),
-# 64x6, 64x8: bf16 64/2/4 8.0, 11.7, 51; past four tokens, see `step_options`, 123 and 148; fp32 64/2/4 16, 22, 96;
+# 64x6, 64x8: bf16 64/2/4 8.0, 11.7, 51; past four tokens, not held, 123 and 148; fp32 64/2/4 16, 22, 96;
 # 128/1/8 13, 19, 117. The tiles above in the same runs, 64x4 to 64x8: bf16 193, 259, 328; fp32 208. Past four tokens on
 # an H200, 2026-11-29, with hosts' rings of 20 to 32, 8x6, 64x5, 64x6, 64x8, 128x5: bf16 21.5, 148, 147, 152, 286, held
 # to 128 registers 22.4, 120, 119, 122, 225; fp32 28.8, 191, 190, 196, 366, so held 29.9, 204, 201, 208, 390.
@@ -415,7 +415,7 @@ def run(
     if config is None and slots <= MOST_SLOTS:
         config = STAGINGS.staging(state, batch, num_k_heads, most, (ring_k, ring_u))
     if isinstance(config, Staging):
-        options = step_options(config, state, ratio, most if speculative else 1, slots)
+        options = step_options(config, ratio, head_v_dim, most if speculative else 1, slots)
         # A matrix product is of 16 slots at least.
         options |= {"RB": max(16, arguments["RB"]), "p_start": None, "stride_start": 0, "has_start": 0, "num_slots": 1}
         if not speculative and state.element_size() == 2 and ratio <= 2 and options["RB"] == 16:

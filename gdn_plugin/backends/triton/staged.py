@@ -38,7 +38,7 @@ Bytes and operations are those that the other files state.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -115,7 +115,13 @@ class Stagings(Table[Row]):
             return None  # a copy is of 16 bytes; Triton tells alignment by 16 elements
         row = self.lookup(device_sm(state.device), K, V, state.dtype)
         found = row[(heads >= self.some) + (heads >= MANY_HEADS)]
-        return found if found is not None and tokens <= found.tokens else None
+        if found is None or tokens > found.tokens:
+            return None
+        if tokens > 4 and ratio == 2 and heads >= FEW_HEADS and state.element_size() == 2:
+            # Else it has 176 to 205, and a multiprocessor one program where its shared memory holds two. Of four heads
+            # without a ring, and of fp32 states beside the rings that hosts have for so many tokens, it holds one.
+            return replace(found, registers=128)
+        return found
 
 
 @gluon.jit
@@ -710,26 +716,20 @@ NO_RING = {
 }  # fmt: skip
 
 
-def step_options(staging: Staging, state: Tensor, ratio: int, tokens: int, slots: int = 0) -> dict[str, Any]:
+def step_options(staging: Staging, ratio: int, V: int, tokens: int, slots: int = 0) -> dict[str, Any]:
     """What a launch adds: tiles, for sequences of at most `tokens` tokens, and Triton's options.
 
     Args:
-        state: the pool.
         ratio: value heads of a key head.
         slots: of a ring; 0: the op has none.
     """
-    rows, buffers, warps, registers = staging.rows, staging.buffers, staging.num_warps, staging.registers
-    V = state.shape[2]
+    rows, buffers, warps = staging.rows, staging.buffers, staging.num_warps
     if tokens > 4:  # a thread has all tokens of its channels, so there have to be more threads
         rows, buffers, warps = min(2 * rows, V), -(-buffers // 2), 8
-        if ratio == 2 and state.element_size() == 2:
-            # Else 151 to 188, and a multiprocessor has one program where its shared memory holds two. It holds one of
-            # fp32 states beside a ring, and of four heads without one; other heads beside a ring are untimed.
-            registers = registers or 128
     if slots == 0:  # a state that is written is gone through twice, so all of a head's has to be there
         buffers = max(buffers, V // rows)
     return {
         "BV": rows, "NBUF": min(buffers, ratio * V // rows), "L": triton.next_power_of_2(tokens),
         # A channel must not be two threads': see `convolved`.
-        "num_warps": min(warps, ratio * V // 32), **({"maxnreg": registers} if registers else {}),
+        "num_warps": min(warps, ratio * V // 32), **({"maxnreg": staging.registers} if staging.registers else {}),
     }  # fmt: skip

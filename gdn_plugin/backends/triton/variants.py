@@ -248,7 +248,7 @@ def _tails(launches: Iterable[Launch]) -> Iterator[str]:
     spelled = [(launch.kernel.__name__, _spelled(launch)) for launch in launches]
     for kernel, facts in spelled:
         others = [other for name, other in spelled if name == kernel]
-        differing = [name for name, fact in facts.items() if any(other[name] != fact for other in others)]
+        differing = [name for name, fact in facts.items() if any(other.get(name) != fact for other in others)]
         yield "".join(f" {name}={facts[name]}" for name in differing)
 
 
