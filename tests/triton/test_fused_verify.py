@@ -106,10 +106,10 @@ def test_configurations_divide_a_head(K, V, num_heads, state_dtype):
 
 @pytest.mark.parametrize(
     ("state_dtype", "sequences", "tokens", "expected"),
-    [(FP32, 64, 4, True), (FP32, 64, 5, False), (FP32, 8, 6, True), (BF16, 64, 8, True), (BF16, 64, 9, False)],
+    [(FP32, 64, 4, True), (FP32, 64, 5, False), (FP32, 8, 6, False), (BF16, 64, 8, True), (BF16, 64, 9, False)],
 )
 def test_many_drafts_of_an_fp32_state_are_not_staged(monkeypatch, state_dtype, sequences, tokens, expected):
-    """At 64 sequences with four drafts the staged kernel took 1.36 times as long as vLLM's own."""
+    """With four drafts the staged kernel took 1.36 times vLLM's time at 64 sequences, the other's at 8."""
     monkeypatch.setattr(staged, "device_sm", lambda device: 90)
     state = torch.empty(1, 32, 128, 128, dtype=state_dtype, device="meta")
     assert (STAGINGS.staging(state, sequences, 16, tokens) is not None) == expected
