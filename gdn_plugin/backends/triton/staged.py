@@ -118,8 +118,8 @@ class Stagings(Table[Row]):
         if found is None or tokens > found.tokens:
             return None
         if tokens > 4 and ratio == 2 and heads >= FEW_HEADS and state.element_size() == 2:
-            # Else it has 176 to 205, and a multiprocessor one program where its shared memory holds two. Of four heads
-            # without a ring, and of fp32 states beside the rings that hosts have for so many tokens, it holds one.
+            # Else a thread has 176 to 205, and a multiprocessor one program where its shared memory holds two.
+            # It holds one of four heads without a ring, and of fp32 states beside the rings that hosts have then.
             return replace(found, registers=128)
         return found
 
